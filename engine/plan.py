@@ -1,0 +1,92 @@
+"""The one thing that the ranks share: what one step computes. Frozen, JSON-ready, written by the scheduler of rank 0.
+
+A runner keeps a state table with one row ("slot") for each running request: its token ids, its block table and its
+sampling parameters. A plan says which slots are filled anew and which token positions are computed; sampled tokens stay in
+the table, on the device, so that step N+1 can be planned and launched before the host has read step N's tokens.
+
+No "prefill" or "decode" is written anywhere: a row computes `count` tokens from position `start`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from engine.request import TokenRequest
+from headrace.completion import TokenLogprobs
+
+
+class Admission(NamedTuple):
+    """A request that takes (or, after preemption, takes again) a slot of the state table in this step."""
+
+    slot: int
+    request: TokenRequest
+    token_ids: tuple[int, ...]
+    """Everything known so far: the prompt and the tokens generated before a preemption."""
+    blocks: tuple[int, ...]
+    """Block table to start with: cached prefix blocks first. `PlanRow.new_blocks` are appended to it."""
+
+
+class PlanRow(NamedTuple):
+    """One slot's share of a step: compute positions start .. start+count-1."""
+
+    slot: int
+    start: int
+    count: int
+    samples: bool
+    """Whether the last computed position's logits choose the next token, which is stored at position start+count."""
+    output_index: int
+    """How many tokens the request had generated before this one (the position that keys its random numbers)."""
+    new_blocks: tuple[int, ...]
+    """KV blocks appended to the slot's table before this step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One engine step. `rows` has the rows with count == 1 first; no slot twice; sum(count) <= the token budget."""
+
+    step: int
+    admitted: tuple[Admission, ...]
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this step computes."""
+        return sum(row.count for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What the host reads of a step, one step late. Entry i belongs to the i-th row of the plan that samples."""
+
+    step: int
+    tokens: tuple[int, ...]
+    invalid: frozenset[int] = frozenset()
+    """Entries whose logits held a NaN: their token means nothing."""
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """Empty when no row of the step asked for them."""
+
+
+class RunningStep(Protocol):
+    """A launched step; the device may still be at work on it."""
+
+    def result(self) -> StepOutput:
+        """Wait for the step and give its tokens."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs plans on every rank. The engine knows no more of devices than this."""
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks in the pool (every rank holds the same number)."""
+        ...
+
+    def launch(self, plan: StepPlan) -> RunningStep:
+        """Start a step on every rank and return at once (on a CPU: when it is done). Plans run in the order launched."""
+        ...
+
+    def close(self) -> None:
+        """Free the device memory and stop the other ranks. May be called twice."""
+        ...

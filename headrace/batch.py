@@ -1,0 +1,98 @@
+"""The batch: its states, the arrows between them, and the frozen value that every room passes around.
+
+States are those of the OpenAI Batch API. `ARROWS` is the one table of allowed transitions: the store enforces it inside the
+UPDATE that changes a state, `docs/lifecycle.md` draws it, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from headrace.completion import TokenUsage
+from headrace.config import GenerationConfig
+
+
+class BatchStatus(StrEnum):
+    """Where a batch stands."""
+
+    VALIDATING = "validating"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether nothing will change any more."""
+        return not ARROWS[self]
+
+
+_S = BatchStatus
+ARROWS: Mapping[BatchStatus, frozenset[BatchStatus]] = {
+    _S.VALIDATING: frozenset({_S.IN_PROGRESS, _S.FAILED, _S.CANCELLING, _S.EXPIRED}),
+    _S.IN_PROGRESS: frozenset({_S.FINALIZING, _S.CANCELLING, _S.EXPIRED}),
+    _S.FINALIZING: frozenset({_S.COMPLETED, _S.FAILED}),
+    _S.CANCELLING: frozenset({_S.CANCELLED}),
+    _S.COMPLETED: frozenset(),
+    _S.FAILED: frozenset(),
+    _S.EXPIRED: frozenset(),
+    _S.CANCELLED: frozenset(),
+}
+"""From a state to the states it may change to."""
+
+
+def sources(target: BatchStatus) -> frozenset[BatchStatus]:
+    """Return the states from which `target` may be reached in one arrow."""
+    return frozenset(state for state, targets in ARROWS.items() if target in targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCounts:
+    """Prompts of a batch. `completed` and `failed` grow to `total` together."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+    @property
+    def done(self) -> int:
+        """Prompts that have their answer or their error."""
+        return self.completed + self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A snapshot of one batch. Times are Unix seconds (UTC) of the database's clock; None: not yet."""
+
+    id: str
+    """'batch_' and 32 hex digits."""
+    model: str
+    gen_config: GenerationConfig
+    status: BatchStatus
+    counts: RequestCounts
+    usage: TokenUsage
+    created_at: float
+    expires_at: float | None = None
+    started_at: float | None = None
+    """When a worker first claimed a chunk of it."""
+    in_progress_at: float | None = None
+    finalizing_at: float | None = None
+    completed_at: float | None = None
+    failed_at: float | None = None
+    expired_at: float | None = None
+    cancelling_at: float | None = None
+    cancelled_at: float | None = None
+    updated_at: float | None = None
+    """When a row of it was last recorded."""
+    endpoint: str = "/v1/batches"
+    completion_window: str = "24h"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
+    """Higher is served first."""
+    errors: tuple[Mapping[str, Any], ...] = ()

@@ -1,0 +1,296 @@
+"""What a caller chooses: frozen values that check themselves when they are built.
+
+Field names and defaults are those of LMDeploy's `pipeline` document of January 2024; later fields are additions.
+This module knows no torch, no SQL and no HTTP. `GenerationConfig` travels unconverted from client to sampler; on a wire it
+is `to_dict()` (only what differs from the default) and `from_dict()` (which refuses unknown fields by name).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypedDict
+
+from headrace.errors import InvalidRequest
+
+
+class Message(TypedDict):
+    """One turn of a conversation in OpenAI's form; `content` is text."""
+
+    role: str
+    content: str
+
+
+ROLES = ("system", "user", "assistant", "tool")
+Prompt = str | list[Message]
+"""One prompt: a text, or a conversation."""
+
+
+def _check(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise InvalidRequest(f"{name} must be {rule}, not {value!r}", param=name)
+
+
+def _is_int(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+
+
+def _words(name: str, value: object) -> tuple[str, ...]:
+    """Accept None, one word or a sequence of words, because users write all three; give a tuple."""
+    if value is None:
+        return ()
+    words = (value,) if isinstance(value, str) else value
+    ok = isinstance(words, list | tuple) and all(isinstance(word, str) and word for word in words)
+    _check(ok, name, value, "a list of non-empty strings")
+    return tuple(words)  # type: ignore[arg-type]  # checked on the line above
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = (value,) if _is_int(value) else value
+    _check(isinstance(ids, list | tuple) and all(_is_int(i, 0) for i in ids), name, value, "a list of token ids")
+    return tuple(ids)  # type: ignore[arg-type]  # checked on the line above
+
+
+class _Wire:
+    """`to_dict` and `from_dict` for the dataclasses of this module."""
+
+    __slots__ = ()
+    # pydantic reads this where it validates the same dataclass at the HTTP rim.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready fields that differ from their defaults."""
+        out: dict[str, Any] = {}
+        for spec in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, spec.name)
+            default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+            if value != default:
+                out[spec.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Build from a mapping. Raise `InvalidRequest` naming a field that doesn't exist or is out of range."""
+        if not isinstance(data, Mapping):
+            raise InvalidRequest(f"{cls.__name__} must be an object, not {type(data).__name__}")
+        known = {spec.name for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(str(name) for name in set(data) - known)
+        if unknown:
+            raise InvalidRequest(
+                f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}", param=unknown[0]
+            )
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig(_Wire):
+    """How to continue one prompt.
+
+    Order of operations on the fp32 logits of one row: bad words and `bad_token_ids`, `logit_bias`, repetition penalty
+    (CTRL rule over prompt and output), presence and frequency penalty (over output), `min_new_tokens`, temperature, top-k,
+    top-p, min-p, draw. `top_k=1` or `temperature=0` is greedy: argmax after the penalties.
+    """
+
+    n: int = 1
+    """Choices for each prompt, 1..128."""
+    max_new_tokens: int | None = 512
+    """Most tokens to generate; None: as many as the session length leaves."""
+    top_p: float = 1.0
+    top_k: int = 1
+    """Keep the k most probable tokens; 0 keeps all; 1 (the default) is greedy."""
+    temperature: float = 0.8
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    """Never stop on, and never emit, an end-of-sequence or stop token: exactly `max_new_tokens` tokens come back."""
+    random_seed: int | None = None
+    """64-bit seed; the same seed gives the same text whatever else runs. None: drawn when the request is submitted."""
+    stop_words: tuple[str, ...] = field(default=())
+    """Texts that end the generation, matched on the decoded text across token boundaries; left out of the text."""
+    bad_words: tuple[str, ...] = field(default=())
+    """Texts that are never generated (token sequences are banned at their last token)."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_new_tokens: int = 0
+    """End-of-sequence and stop tokens are banned until so many tokens are there."""
+    stop_token_ids: tuple[int, ...] = field(default=())
+    bad_token_ids: tuple[int, ...] = field(default=())
+    logit_bias: tuple[tuple[int, float], ...] = field(default=())
+    """(token id, added to its logit) pairs; a mapping is accepted."""
+    logprobs: int | None = None
+    """With k: for each token its raw log-probability and the k most probable ones; 0..20."""
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `InvalidRequest` (a ValueError) naming the first that is wrong."""
+        put = object.__setattr__
+        for name in ("stop_words", "bad_words"):
+            put(self, name, _words(name, getattr(self, name)))
+        for name in ("stop_token_ids", "bad_token_ids"):
+            put(self, name, _ids(name, getattr(self, name)))
+        put(self, "logit_bias", _bias(self.logit_bias))
+        whole = {"n": (1, 128), "top_k": (0, math.inf), "min_new_tokens": (0, math.inf)}
+        for name, (low, high) in whole.items():
+            value = getattr(self, name)
+            _check(_is_int(value, low, high), name, value, f"a whole number from {low}" + (f" to {high}" if high < math.inf else ""))
+        real = {"top_p": (0, 1), "min_p": (0, 1), "temperature": (0, 2), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
+        for name, (lo, hi) in real.items():
+            value = getattr(self, name)
+            _check(_is_number(value, lo, hi), name, value, f"a number from {lo} to {hi}")
+        penalty = self.repetition_penalty
+        _check(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a number above 0")
+        for name, low, high in (("max_new_tokens", 1, math.inf), ("random_seed", 0, 2**64 - 1), ("logprobs", 0, 20)):
+            value = getattr(self, name)
+            rule = f"None or a whole number from {low}" + (f" to {high}" if high < math.inf else "")
+            _check(value is None or _is_int(value, low, high), name, value, rule)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.top_k == 1 or self.temperature == 0
+
+
+def _bias(value: object) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    ok = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    _check(ok, "logit_bias", value, "a mapping of token id to a number from -100 to 100")
+    out = []
+    for token, bias in pairs:  # type: ignore[attr-defined]  # checked above
+        token_id = int(token) if isinstance(token, str) and token.isdigit() else token  # JSON objects have string keys
+        _check(_is_int(token_id, 0) and _is_number(bias, -100, 100), "logit_bias", value, "a mapping of token id to a number from -100 to 100")
+        out.append((token_id, float(bias)))
+    return tuple(out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PytorchEngineConfig(_Wire):
+    """How to run the engine. A field that this build can't honour is refused by name when the engine starts."""
+
+    model_name: str | None = None
+    """Chat template name; None (or ''): the tokenizer's own template."""
+    tp: int = 1
+    session_len: int | None = None
+    """Most tokens (prompt and output) of one sequence; None: what the model's config allows."""
+    max_batch_size: int = 128
+    """Most sequences that run at once."""
+    eviction_type: Literal["recompute", "copy"] = "recompute"
+    prefill_interval: int = 16
+    """Most decode steps in a row while prompts wait and could be admitted."""
+    block_size: int = 64
+    """Tokens per KV block; a power of two of at least 16."""
+    num_cpu_blocks: int = 0
+    num_gpu_blocks: int = 0
+    """KV blocks in the pool; 0: from `cache_max_entry_count` and the memory that is free."""
+    adapters: dict[str, str] | None = None
+    max_prefill_token_num: int = 8192
+    """Most tokens that one step computes."""
+    cache_max_entry_count: float = 0.8
+    """Fraction of the memory left after weights and activations that the KV pool takes."""
+    enable_prefix_caching: bool = True
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Weights and KV cache; 'auto': the checkpoint's on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    eager_mode: bool = False
+    """Run without CUDA graphs."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `InvalidRequest` naming the first that is wrong."""
+        object.__setattr__(self, "model_name", self.model_name or None)
+        _check_engine_fields(self)
+        _check(self.eviction_type in ("recompute", "copy"), "eviction_type", self.eviction_type, "'recompute' or 'copy'")
+        _check(self.dtype in ("auto", "float32", "float16", "bfloat16"), "dtype", self.dtype, "'auto', 'float32', 'float16' or 'bfloat16'")
+        _check(self.device in ("auto", "cuda", "cpu"), "device", self.device, "'auto', 'cuda' or 'cpu'")
+        size = self.block_size
+        _check(_is_int(size, 16) and size & (size - 1) == 0, "block_size", size, "a power of two of at least 16")
+        fraction = self.cache_max_entry_count
+        _check(_is_number(fraction) and 0 < fraction < 1, "cache_max_entry_count", fraction, "a number between 0 and 1")
+        for name, low in (("prefill_interval", 1), ("num_cpu_blocks", 0), ("num_gpu_blocks", 0), ("max_prefill_token_num", 1)):
+            _check(_is_int(getattr(self, name), low), name, getattr(self, name), f"a whole number from {low}")
+        ok = self.adapters is None or (isinstance(self.adapters, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.adapters.items()))
+        _check(ok, "adapters", self.adapters, "None or a mapping of name to path")
+        for name in ("enable_prefix_caching", "eager_mode"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurbomindEngineConfig(_Wire):
+    """The other configuration class of the document; it is mapped field by field onto the same engine."""
+
+    model_name: str | None = None
+    model_format: Literal["hf", "llama", "awq"] | None = None
+    tp: int = 1
+    session_len: int | None = None
+    max_batch_size: int = 128
+    cache_max_entry_count: float = 0.5
+    """Below 1: fraction of the memory left for the KV pool; a whole number from 1: KV blocks."""
+    quant_policy: int = 0
+    """0: KV in the weights' type. 4 (this document's meaning) or 8: 8-bit KV."""
+    rope_scaling_factor: float = 0.0
+    use_logn_attn: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `InvalidRequest` naming the first that is wrong."""
+        object.__setattr__(self, "model_name", self.model_name or None)
+        _check_engine_fields(self)
+        _check(self.model_format in (None, "hf", "llama", "awq"), "model_format", self.model_format, "None, 'hf', 'llama' or 'awq'")
+        count = self.cache_max_entry_count
+        ok = _is_number(count) and count > 0 and (count < 1 or float(count).is_integer())
+        _check(ok, "cache_max_entry_count", count, "a number between 0 and 1, or a whole number of blocks")
+        _check(self.quant_policy in (0, 4, 8), "quant_policy", self.quant_policy, "0, 4 or 8")
+        _check(_is_number(self.rope_scaling_factor, 0), "rope_scaling_factor", self.rope_scaling_factor, "a number from 0")
+        _check(isinstance(self.use_logn_attn, bool), "use_logn_attn", self.use_logn_attn, "true or false")
+
+
+def _check_engine_fields(config: PytorchEngineConfig | TurbomindEngineConfig) -> None:
+    _check(config.model_name is None or isinstance(config.model_name, str), "model_name", config.model_name, "None or a string")
+    _check(_is_int(config.tp, 1), "tp", config.tp, "a whole number from 1")
+    _check(_is_int(config.max_batch_size, 1), "max_batch_size", config.max_batch_size, "a whole number from 1")
+    _check(config.session_len is None or _is_int(config.session_len, 1), "session_len", config.session_len, "None or a whole number from 1")
+
+
+EngineConfig = PytorchEngineConfig | TurbomindEngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplateConfig(_Wire):
+    """How messages become text. Text fields that are None keep the named template's own."""
+
+    model_name: str
+    system: str | None = None
+    meta_instruction: str | None = None
+    eosys: str | None = None
+    user: str | None = None
+    eoh: str | None = None
+    assistant: str | None = None
+    eoa: str | None = None
+    capability: Literal["completion", "infilling", "chat", "python"] | None = None
+    stop_words: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `InvalidRequest` naming the first that is wrong."""
+        object.__setattr__(self, "stop_words", _words("stop_words", self.stop_words))
+        _check(isinstance(self.model_name, str) and bool(self.model_name), "model_name", self.model_name, "a template's name")
+        for name in ("system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eoa"):
+            _check(getattr(self, name) is None or isinstance(getattr(self, name), str), name, getattr(self, name), "None or a string")
+        _check(self.capability in (None, "completion", "infilling", "chat", "python"), "capability", self.capability, "'completion', 'infilling', 'chat' or 'python'")
+
+    @classmethod
+    def from_json(cls, file_or_text: str) -> Self:
+        """Read a JSON file, or JSON text, with this class's fields."""
+        text = file_or_text if file_or_text.lstrip().startswith("{") else Path(file_or_text).read_text(encoding="utf-8")
+        return cls.from_dict(json.loads(text))

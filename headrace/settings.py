@@ -1,0 +1,90 @@
+"""What an operator sets: the HEADRACE_* environment, read once, constant for a process. docs/environment.md lists it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Field `x_y` is read from HEADRACE_X_Y; the comment under each field says what it is."""
+
+    home: Path = Path("~/.cache/headrace")
+    """Where the embedded stack keeps its state and the default model is cached."""
+    database_url: str = "sqlite:///.headrace/headrace.db"
+    """SQLAlchemy URL; sqlite:///PATH or postgresql+psycopg://user:password@host/name."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    model: str = "smollm2"
+    """Model of this worker: a local directory, a hub id, or 'smollm2' for the default model from its wheel."""
+    models: str = ""
+    """Comma-separated models that the API accepts; empty: `model` alone."""
+    engine_config: str = "{}"
+    """JSON object with the fields of PytorchEngineConfig for this worker."""
+    worker_concurrency: int = 8
+    """Chunks in flight in one worker: threads of its Celery pool."""
+    chunk_size: int = 64
+    """Prompts in a chunk, 1..256."""
+    dispatch_window: int = 64
+    """Most chunks of one model that wait in Redis or run at one time; the rest waits in SQL."""
+    visibility_timeout_s: float = 60.0
+    """After so long without a renewal, Redis delivers a chunk again."""
+    lease_s: float = 30.0
+    """After so long without a renewal, a worker's claim on a chunk is void."""
+    reconcile_interval_s: float = 5.0
+    """How often SQL is compared with what is in flight."""
+    requeue_grace_s: float = 30.0
+    """A chunk that was sent but not claimed for so long is sent again."""
+    drain_timeout_s: float = 30.0
+    """On SIGTERM running chunks may finish for so long; then their rest is handed back."""
+    flush_rows: int = 64
+    """Completions that are written in one transaction, at most `flush_interval_s` late."""
+    flush_interval_s: float = 0.5
+    max_body_bytes: int = 256 * 1024 * 1024
+    """Largest request body that the API reads."""
+    max_prompt_bytes: int = 1024 * 1024
+    """Largest single prompt (UTF-8); a larger one is that prompt's error."""
+    max_prompts: int = 1_000_000
+    """Most prompts in one batch."""
+    api_key: str = ""
+    """When set, /v1 needs `Authorization: Bearer <key>`."""
+    log_level: str = "INFO"
+
+    @property
+    def served_models(self) -> tuple[str, ...]:
+        """The models that the API accepts."""
+        return tuple(name.strip() for name in self.models.split(",") if name.strip()) or (self.model,)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Read HEADRACE_*; raise `InvalidRequest` naming a variable that is unknown or malformed."""
+        specs = {f"HEADRACE_{spec.name.upper()}": spec for spec in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for name, text in environ.items():
+            if not name.startswith("HEADRACE_"):
+                continue
+            spec = specs.get(name)
+            if spec is None:
+                raise InvalidRequest(f"{name} is not a setting of headrace; the settings are {', '.join(sorted(specs))}", param=name)
+            kind = Path if spec.name == "home" else type(spec.default)
+            try:
+                values[spec.name] = kind(text)
+            except ValueError:
+                raise InvalidRequest(f"{name}={text!r} is not a {kind.__name__}", param=name) from None
+            if kind in (int, float) and values[spec.name] <= 0:
+                raise InvalidRequest(f"{name} must be above 0, not {text}", param=name)
+        values["home"] = Path(values.get("home", specs["HEADRACE_HOME"].default)).expanduser()
+        return cls(**values)
+
+
+@cache
+def get_settings() -> Settings:
+    """Return this process's settings."""
+    return Settings.from_environ(os.environ)
