@@ -9,8 +9,10 @@ No "prefill" or "decode" is written anywhere: a row computes `count` tokens from
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.request import TokenRequest
 from headrace.completion import TokenLogprobs
@@ -32,7 +34,7 @@ class PlanRow(NamedTuple):
 
     slot: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody calls on a row
     samples: bool
     """Whether the last computed position's logits choose the next token, which is stored at position start+count."""
     output_index: int
@@ -53,6 +55,30 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens that this step computes."""
         return sum(row.count for row in self.rows)
+
+    def to_json(self) -> bytes:
+        """Return the bytes that rank 0 sends to the other ranks."""
+        admitted = [(one.slot, _request_dict(one.request), one.token_ids, one.blocks) for one in self.admitted]
+        return json.dumps({"step": self.step, "admitted": admitted, "rows": self.rows}, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> StepPlan:
+        """Rebuild from `to_json` bytes."""
+        fields = json.loads(data)
+        return cls(
+            step=fields["step"],
+            admitted=tuple(
+                Admission(slot, TokenRequest.from_dict(request), tuple(token_ids), tuple(blocks))
+                for slot, request, token_ids, blocks in fields["admitted"]
+            ),
+            rows=tuple(PlanRow(*row[:-1], tuple(row[-1])) for row in fields["rows"]),
+        )
+
+
+def _request_dict(request: TokenRequest) -> dict[str, Any]:
+    """Fields of a request, shallow: `asdict` would copy a prompt of thousands of ids one by one."""
+    fields = {spec.name: getattr(request, spec.name) for spec in dataclasses.fields(request)}
+    return {**fields, "config": request.config.to_dict()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

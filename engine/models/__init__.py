@@ -1,0 +1,1 @@
+"""Decoder architectures as data over one block."""

@@ -1,0 +1,165 @@
+"""What an engine runs with, resolved: no None, no 'auto', no field that this build can't honour.
+
+`resolve` turns a caller's config (of either class) into `EngineOptions`, or refuses a field by name. It reads the model's
+JSON files, never its weights, and creates no CUDA context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+from engine.model_info import ModelInfo, locate_model, read_config
+from engine.models.spec import ModelSpec
+from headrace.config import PytorchEngineConfig, TurbomindEngineConfig
+from headrace.errors import InvalidRequest, ModelLoadError, UnsupportedOption
+
+DTypeName = Literal["float32", "float16", "bfloat16"]
+DeviceName = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Resolved engine options; the same on every rank. Fields mean what they mean in `PytorchEngineConfig`."""
+
+    model_path: str
+    """A local directory."""
+    tp: int
+    session_len: int
+    max_batch_size: int
+    block_size: int
+    num_blocks: int
+    """KV blocks in the pool; 0: as many as `cache_max_entry_count` of the free memory holds."""
+    max_prefill_token_num: int
+    prefill_interval: int
+    cache_max_entry_count: float
+    enable_prefix_caching: bool
+    dtype: DTypeName
+    device: DeviceName
+    eager_mode: bool
+    template_name: str | None
+
+    @property
+    def max_blocks_per_sequence(self) -> int:
+        """Blocks that one sequence of `session_len` tokens fills."""
+        return -(-self.session_len // self.block_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict` form."""
+        return cls(**data)
+
+
+def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | TurbomindEngineConfig | None = None) -> EngineOptions:
+    """Find the model and settle every option.
+
+    Raise `UnsupportedOption` or `InvalidRequest` with the field as `param`, or `ModelLoadError`.
+    """
+    config = backend_config if backend_config is not None else PytorchEngineConfig()
+    if isinstance(config, TurbomindEngineConfig):
+        config = _from_turbomind(config)
+    _refuse_unsupported(config)
+    path = locate_model(model_path)
+    info = ModelInfo.read(path)
+    ModelSpec.read(read_config(path)).shard(config.tp)  # an unknown architecture or a tp that doesn't divide is refused here
+    device = _device(config)
+    return EngineOptions(
+        model_path=info.path,
+        tp=config.tp,
+        session_len=_session_len(config.session_len, info),
+        max_batch_size=config.max_batch_size,
+        block_size=config.block_size,
+        num_blocks=config.num_gpu_blocks,
+        max_prefill_token_num=config.max_prefill_token_num,
+        prefill_interval=config.prefill_interval,
+        cache_max_entry_count=config.cache_max_entry_count,
+        enable_prefix_caching=config.enable_prefix_caching,
+        dtype=_dtype(config, info, device),
+        device=device,
+        eager_mode=config.eager_mode,
+        template_name=config.model_name,
+    )
+
+
+def _from_turbomind(config: TurbomindEngineConfig) -> PytorchEngineConfig:
+    """Map field by field onto the one engine; a whole number in `cache_max_entry_count` counts blocks."""
+    if config.model_format in ("llama", "awq"):
+        raise UnsupportedOption(
+            f"model_format={config.model_format!r} is not supported by this build; give a Hugging Face directory",
+            param="model_format",
+        )
+    if config.quant_policy != 0:
+        raise UnsupportedOption(
+            f"quant_policy={config.quant_policy} (8-bit KV) is not supported by this build; leave it at 0", param="quant_policy"
+        )
+    if config.rope_scaling_factor >= 1:
+        raise UnsupportedOption(
+            "rope_scaling_factor is not supported by this build; leave it at 0 and use the model's own rope scaling",
+            param="rope_scaling_factor",
+        )
+    if config.use_logn_attn:
+        raise UnsupportedOption("use_logn_attn is not supported by this build; leave it off", param="use_logn_attn")
+    pool = config.cache_max_entry_count
+    sizes: dict[str, Any] = {"num_gpu_blocks": int(pool)} if pool >= 1 else {"cache_max_entry_count": float(pool)}
+    return PytorchEngineConfig(
+        model_name=config.model_name,
+        tp=config.tp,
+        session_len=config.session_len,
+        max_batch_size=config.max_batch_size,
+        **sizes,
+    )
+
+
+def _refuse_unsupported(config: PytorchEngineConfig) -> None:
+    if config.eviction_type != "recompute":
+        raise UnsupportedOption("eviction_type='copy' is not supported by this build; use 'recompute'", param="eviction_type")
+    if config.num_cpu_blocks:
+        raise UnsupportedOption(
+            "num_cpu_blocks is not supported by this build (nothing is swapped to the host); leave it at 0",
+            param="num_cpu_blocks",
+        )
+    if config.adapters:
+        raise UnsupportedOption("adapters are not supported by this build; merge the adapter into the model", param="adapters")
+
+
+def _session_len(wanted: int | None, info: ModelInfo) -> int:
+    if wanted is not None and wanted > info.max_length:
+        raise InvalidRequest(
+            f"session_len={wanted} is more than the {info.max_length} positions of {info.architecture} in {info.path}",
+            param="session_len",
+        )
+    return wanted or info.max_length
+
+
+def _device(config: PytorchEngineConfig) -> DeviceName:
+    if config.device == "cpu":
+        return "cpu"
+    import torch  # noqa: PLC0415  # only here; device_count asks NVML and creates no CUDA context in this process
+
+    count = torch.cuda.device_count()
+    if config.device == "auto" and count == 0:
+        return "cpu"
+    if count == 0:
+        raise InvalidRequest("device='cuda' but this host shows no CUDA device; use device='cpu' or 'auto'", param="device")
+    if config.tp > count:
+        raise InvalidRequest(f"tp={config.tp} needs as many CUDA devices; this host shows {count}", param="tp")
+    return "cuda"
+
+
+def _dtype(config: PytorchEngineConfig, info: ModelInfo, device: DeviceName) -> DTypeName:
+    if config.dtype != "auto":
+        return config.dtype
+    if device == "cpu":
+        return "float32"  # CPUs without bf16 instructions run bf16 two to three times slower than fp32
+    if info.dtype not in ("float32", "float16", "bfloat16"):
+        raise ModelLoadError(
+            f"the checkpoint in {info.path} has dtype {info.dtype!r}; say dtype='bfloat16' to convert it", param="dtype"
+        )
+    return cast("DTypeName", info.dtype)
