@@ -96,3 +96,28 @@ class Batch:
     priority: int = 0
     """Higher is served first."""
     errors: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the prompts that have their answer or their error, 0..1."""
+        return self.counts.done / self.counts.total if self.counts.total else 1.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens a second between the first claim and the last recorded row; None before there is a row."""
+        seconds = self._busy_s
+        return self.usage.completion_tokens / seconds if seconds else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds of work left at the rate so far, seen from `updated_at`; 0 when terminal, None before there is a row."""
+        if self.status.is_terminal:
+            return 0.0
+        seconds = self._busy_s
+        return seconds * (self.counts.total - self.counts.done) / self.counts.done if seconds and self.counts.done else None
+
+    @property
+    def _busy_s(self) -> float | None:
+        if self.started_at is None or self.updated_at is None or self.updated_at <= self.started_at:
+            return None
+        return self.updated_at - self.started_at

@@ -65,8 +65,8 @@ class _Wire:
     """`to_dict` and `from_dict` for the dataclasses of this module."""
 
     __slots__ = ()
-    # pydantic reads this where it validates the same dataclass at the HTTP rim.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+    # pydantic reads this where it validates the same dataclass at the HTTP rim; the docstrings become OpenAPI descriptions.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready fields that differ from their defaults."""

@@ -12,6 +12,7 @@
     ├── StorageFull                   507 storage_full
     ├── StoreUnavailable              503 store_unavailable
     ├── QueueUnavailable              503 queue_unavailable
+    ├── ServiceUnavailable            503 service_unavailable    the API itself doesn't answer (raised by the client)
     └── EngineError                   500 engine_error
         ├── ModelLoadError            500 model_load_error       also a bad path, an unknown architecture, no way to the hub
         ├── KVCapacity                422 kv_capacity            the prompt alone is larger than the KV pool
@@ -113,6 +114,13 @@ class QueueUnavailable(HeadraceError):
     """Redis can't be reached; what was accepted is in the database and is sent when Redis is back."""
 
     code = "queue_unavailable"
+    status = 503
+
+
+class ServiceUnavailable(HeadraceError):
+    """The headrace API can't be reached; check base_url, and that `headrace up` (or `headrace api`) is running."""
+
+    code = "service_unavailable"
     status = 503
 
 

@@ -1,0 +1,331 @@
+"""Wire shapes: what crosses HTTP, checked by pydantic over the same dataclasses that every room uses.
+
+`GenerationConfig`, `Completion` and `Batch` have no twin here: a config is built by its own `from_dict`, a completion is its
+dataclass, and `BatchOut` is the OpenAI Batch object with what is ours under the one key `headrace`.
+This module knows no FastAPI, no SQL and no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, WithJsonSchema
+
+from headrace.batch import Batch, BatchStatus, RequestCounts
+from headrace.completion import Completion, TokenUsage
+from headrace.config import ROLES, GenerationConfig
+
+COMPLETION = TypeAdapter(Completion)
+"""Writes and reads one completion as JSON: the form of `Completion.to_dict()`."""
+CompletionOut = Completion
+"""One completion on the wire is the dataclass itself."""
+
+_MESSAGE_SCHEMA = {
+    "type": "object",
+    "title": "Message",
+    "properties": {"role": {"enum": list(ROLES)}, "content": {"type": "string"}},
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
+_PROMPTS_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [{"type": "string", "title": "Text"}, {"type": "array", "title": "Conversation", "items": _MESSAGE_SCHEMA}]
+    },
+}
+
+
+def _config(value: object) -> object:
+    """Build the config by its own constructor, so that HTTP accepts and refuses what `pipeline` does, in the same words."""
+    return GenerationConfig() if value is None else GenerationConfig.from_dict(value)  # type: ignore[arg-type]  # it checks
+
+
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BatchCreate(BaseModel):
+    """The body of POST /v1/batches. Unknown fields are refused by name."""
+
+    # Strict: "5" is not a number and 1 is not a text; a silent conversion would hide the caller's bug in a million rows.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str | None = Field(default=None, description="One of GET /v1/models; default: the first of them.")
+    # Elements stay as they were parsed: pydantic's own union errors would be several records for each of a million prompts.
+    prompts: Annotated[list[Any], WithJsonSchema(_PROMPTS_SCHEMA)] = Field(
+        description="Texts, or conversations of {role, content} messages. Answers come back under the same indexes."
+    )
+    gen_config: Annotated[GenerationConfig, BeforeValidator(_config)] = Field(
+        default_factory=GenerationConfig, description="How to continue every prompt of this batch."
+    )
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(
+        default=None, max_length=16, description="At most 16 pairs of your own; keys up to 64 characters, values up to 512."
+    )
+    priority: int = Field(default=0, ge=-1000, le=1000, description="Higher is served first.")
+    completion_window: str = Field(
+        default="24h", pattern=r"^[1-9][0-9]{0,3}[mhd]$", description="The batch expires after so many minutes, hours or days."
+    )
+
+
+class ErrorItem(BaseModel):
+    """One reason why a whole batch failed."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: str | None = None
+    message: str | None = None
+    param: str | None = None
+    line: int | None = None
+
+
+class ErrorList(_Shape):
+    """OpenAI's list of batch errors."""
+
+    object: Literal["list"] = "list"
+    data: list[ErrorItem]
+
+
+class CountsOut(_Shape):
+    """Prompts: all, answered, failed."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class CachedDetails(_Shape):
+    """Prompt tokens that were read from the prefix cache."""
+
+    cached_tokens: int
+
+
+class ReasoningDetails(_Shape):
+    """Always 0: no served model separates its reasoning."""
+
+    reasoning_tokens: int = 0
+
+
+class UsageOut(_Shape):
+    """Tokens of the whole batch so far."""
+
+    input_tokens: int
+    input_tokens_details: CachedDetails
+    output_tokens: int
+    output_tokens_details: ReasoningDetails
+    total_tokens: int
+
+    @classmethod
+    def of(cls, usage: TokenUsage) -> Self:
+        """Translate a `TokenUsage`."""
+        return cls(
+            input_tokens=usage.prompt_tokens,
+            input_tokens_details=CachedDetails(cached_tokens=usage.cached_tokens),
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=ReasoningDetails(),
+            total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        )
+
+
+class Links(_Shape):
+    """Where to go from here; paths relative to the server."""
+
+    self: str
+    results: str
+    results_jsonl: str
+    cancel: str
+
+
+class Extras(_Shape):
+    """What OpenAI's Batch object has no field for."""
+
+    gen_config: GenerationConfig
+    priority: int
+    progress: float = Field(description="Fraction of the prompts that are done, 0..1.")
+    tokens_per_second: float | None = Field(description="Generated tokens a second so far; null before the first row.")
+    eta_s: float | None = Field(description="Seconds of work left at the rate so far; 0 when over, null when unknown.")
+    started_at: float | None = Field(description="When a worker first claimed a chunk.")
+    updated_at: float | None = Field(description="When a row was last recorded.")
+    queue: Literal["sent", "unavailable"] | None = Field(
+        default=None,
+        description="Only in the reply to POST: 'unavailable' means that Redis was down; the reconciler sends the batch later.",
+    )
+    links: Links
+
+
+class BatchOut(_Shape):
+    """OpenAI's Batch object; times are whole Unix seconds, null while not reached. `headrace` holds what is ours."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str
+    input_file_id: str = Field(default="inline", description="'inline': the prompts came in the request body.")
+    completion_window: str
+    status: BatchStatus
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: CountsOut
+    usage: UsageOut
+    errors: ErrorList | None
+    metadata: dict[str, str] | None
+    headrace: Extras
+
+    @classmethod
+    def of(cls, batch: Batch, *, queue: Literal["sent", "unavailable"] | None = None) -> Self:
+        """Translate a `Batch`; `queue` says in a reply to POST whether its first chunks were sent."""
+        path = f"/v1/batches/{batch.id}"
+        counts = batch.counts
+        times: dict[str, Any] = {name: _seconds(getattr(batch, name)) for name in _TIMES}
+        return cls(
+            **times,
+            id=batch.id,
+            endpoint=batch.endpoint,
+            model=batch.model,
+            completion_window=batch.completion_window,
+            status=batch.status,
+            created_at=int(batch.created_at),
+            request_counts=CountsOut(total=counts.total, completed=counts.completed, failed=counts.failed),
+            usage=UsageOut.of(batch.usage),
+            errors=ErrorList(data=[ErrorItem(**error) for error in batch.errors]) if batch.errors else None,
+            metadata=dict(batch.metadata) or None,
+            headrace=Extras(
+                gen_config=batch.gen_config,
+                priority=batch.priority,
+                progress=batch.progress,
+                tokens_per_second=batch.tokens_per_second,
+                eta_s=batch.eta_s,
+                started_at=batch.started_at,
+                updated_at=batch.updated_at,
+                queue=queue,
+                links=Links(
+                    self=path, results=f"{path}/results", results_jsonl=f"{path}/results.jsonl", cancel=f"{path}/cancel"
+                ),
+            ),
+        )
+
+
+_TIMES = (
+    "in_progress_at",
+    "expires_at",
+    "finalizing_at",
+    "completed_at",
+    "failed_at",
+    "expired_at",
+    "cancelling_at",
+    "cancelled_at",
+)
+
+
+def _seconds(time: float | None) -> int | None:
+    return None if time is None else int(time)
+
+
+def read_batch(data: Mapping[str, Any]) -> Batch:
+    """Rebuild a `Batch` from a BatchOut object (times in whole seconds). Unknown keys of a newer server are ignored."""
+    extras, counts, usage = data["headrace"], data["request_counts"], data["usage"]
+    return Batch(
+        **{name: data[name] for name in (*_TIMES, "id", "endpoint", "model", "completion_window", "created_at")},
+        status=BatchStatus(data["status"]),
+        counts=RequestCounts(total=counts["total"], completed=counts["completed"], failed=counts["failed"]),
+        usage=TokenUsage(
+            prompt_tokens=usage["input_tokens"],
+            cached_tokens=usage["input_tokens_details"]["cached_tokens"],
+            completion_tokens=usage["output_tokens"],
+        ),
+        gen_config=GenerationConfig.from_dict(extras["gen_config"]),
+        priority=extras["priority"],
+        started_at=extras["started_at"],
+        updated_at=extras["updated_at"],
+        metadata=data["metadata"] or {},
+        errors=tuple((data["errors"] or {}).get("data", ())),
+    )
+
+
+class BatchPage(_Shape):
+    """A page of batches, newest first; the next one is `?after=<last_id>`."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchOut]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class CompletionPage(_Shape):
+    """A page of completions in input order. While the batch runs it ends before the first prompt that isn't done yet."""
+
+    object: Literal["list"] = "list"
+    data: list[CompletionOut]
+    first_id: int | None
+    last_id: int | None
+    has_more: bool = Field(description="Whether more are there or will come.")
+    next: str | None = Field(description="The path of the next page; null after the last prompt of the batch.")
+
+
+class ModelOut(_Shape):
+    """OpenAI's Model object."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "headrace"
+
+
+class ModelList(_Shape):
+    """The models that this server accepts."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelOut]
+
+
+class FieldError(_Shape):
+    """One thing that is wrong with a request."""
+
+    index: int | None = Field(default=None, description="Position of the prompt, when it is about one.")
+    field: str | None = Field(default=None, description="The field, dotted.")
+    message: str
+
+
+class Problem(_Shape):
+    """RFC 9457. `code`, `param` and `type` are where OpenAI's client looks for them too."""
+
+    type: str = Field(description="A link to what this kind of problem means.")
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    code: str
+    param: str | None = None
+    index: int | None = None
+    errors: list[FieldError] | None = None
+    request_id: str | None = None
+
+
+class Check(_Shape):
+    """One thing that the service needs."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class Health(_Shape):
+    """Whether this process can do its work, and if not, which part is missing."""
+
+    status: Literal["ok", "ready", "not_ready"]
+    checks: list[Check] = []
