@@ -71,7 +71,10 @@ class StepPlan:
                 Admission(slot, TokenRequest.from_dict(request), tuple(token_ids), tuple(blocks))
                 for slot, request, token_ids, blocks in fields["admitted"]
             ),
-            rows=tuple(PlanRow(*row[:-1], tuple(row[-1])) for row in fields["rows"]),
+            rows=tuple(
+                PlanRow(slot, start, count, samples, index, tuple(blocks))
+                for slot, start, count, samples, index, blocks in fields["rows"]
+            ),
         )
 
 
