@@ -61,8 +61,13 @@ class Choice:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild from `asdict` form after JSON."""
         logprobs = data.get("logprobs")
-        rows = None if logprobs is None else tuple(
-            TokenLogprobs(token_id=row["token_id"], logprob=row["logprob"], top=tuple((i, p) for i, p in row["top"])) for row in logprobs
+        rows = (
+            None
+            if logprobs is None
+            else tuple(
+                TokenLogprobs(token_id=row["token_id"], logprob=row["logprob"], top=tuple((i, p) for i, p in row["top"]))
+                for row in logprobs
+            )
         )
         return cls(**{**data, "token_ids": tuple(data["token_ids"]), "logprobs": rows})
 

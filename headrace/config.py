@@ -143,8 +143,19 @@ class GenerationConfig(_Wire):
         whole = {"n": (1, 128), "top_k": (0, math.inf), "min_new_tokens": (0, math.inf)}
         for name, (low, high) in whole.items():
             value = getattr(self, name)
-            _check(_is_int(value, low, high), name, value, f"a whole number from {low}" + (f" to {high}" if high < math.inf else ""))
-        real = {"top_p": (0, 1), "min_p": (0, 1), "temperature": (0, 2), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
+            _check(
+                _is_int(value, low, high),
+                name,
+                value,
+                f"a whole number from {low}" + (f" to {high}" if high < math.inf else ""),
+            )
+        real = {
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "temperature": (0, 2),
+            "presence_penalty": (-2, 2),
+            "frequency_penalty": (-2, 2),
+        }
         for name, (lo, hi) in real.items():
             value = getattr(self, name)
             _check(_is_number(value, lo, hi), name, value, f"a number from {lo} to {hi}")
@@ -172,7 +183,12 @@ def _bias(value: object) -> tuple[tuple[int, float], ...]:
     out = []
     for token, bias in pairs:  # type: ignore[attr-defined]  # checked above
         token_id = int(token) if isinstance(token, str) and token.isdigit() else token  # JSON objects have string keys
-        _check(_is_int(token_id, 0) and _is_number(bias, -100, 100), "logit_bias", value, "a mapping of token id to a number from -100 to 100")
+        _check(
+            _is_int(token_id, 0) and _is_number(bias, -100, 100),
+            "logit_bias",
+            value,
+            "a mapping of token id to a number from -100 to 100",
+        )
         out.append((token_id, float(bias)))
     return tuple(out)
 
@@ -213,7 +229,12 @@ class PytorchEngineConfig(_Wire):
         object.__setattr__(self, "model_name", self.model_name or None)
         _check_engine_fields(self)
         _check(self.eviction_type in ("recompute", "copy"), "eviction_type", self.eviction_type, "'recompute' or 'copy'")
-        _check(self.dtype in ("auto", "float32", "float16", "bfloat16"), "dtype", self.dtype, "'auto', 'float32', 'float16' or 'bfloat16'")
+        _check(
+            self.dtype in ("auto", "float32", "float16", "bfloat16"),
+            "dtype",
+            self.dtype,
+            "'auto', 'float32', 'float16' or 'bfloat16'",
+        )
         _check(self.device in ("auto", "cuda", "cpu"), "device", self.device, "'auto', 'cuda' or 'cpu'")
         size = self.block_size
         _check(_is_int(size, 16) and size & (size - 1) == 0, "block_size", size, "a power of two of at least 16")
@@ -221,7 +242,9 @@ class PytorchEngineConfig(_Wire):
         _check(_is_number(fraction) and 0 < fraction < 1, "cache_max_entry_count", fraction, "a number between 0 and 1")
         for name, low in (("prefill_interval", 1), ("num_cpu_blocks", 0), ("num_gpu_blocks", 0), ("max_prefill_token_num", 1)):
             _check(_is_int(getattr(self, name), low), name, getattr(self, name), f"a whole number from {low}")
-        ok = self.adapters is None or (isinstance(self.adapters, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.adapters.items()))
+        ok = self.adapters is None or (
+            isinstance(self.adapters, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.adapters.items())
+        )
         _check(ok, "adapters", self.adapters, "None or a mapping of name to path")
         for name in ("enable_prefix_caching", "eager_mode"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
@@ -247,7 +270,9 @@ class TurbomindEngineConfig(_Wire):
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""
         object.__setattr__(self, "model_name", self.model_name or None)
         _check_engine_fields(self)
-        _check(self.model_format in (None, "hf", "llama", "awq"), "model_format", self.model_format, "None, 'hf', 'llama' or 'awq'")
+        _check(
+            self.model_format in (None, "hf", "llama", "awq"), "model_format", self.model_format, "None, 'hf', 'llama' or 'awq'"
+        )
         count = self.cache_max_entry_count
         ok = _is_number(count) and count > 0 and (count < 1 or float(count).is_integer())
         _check(ok, "cache_max_entry_count", count, "a number between 0 and 1, or a whole number of blocks")
@@ -260,7 +285,12 @@ def _check_engine_fields(config: PytorchEngineConfig | TurbomindEngineConfig) ->
     _check(config.model_name is None or isinstance(config.model_name, str), "model_name", config.model_name, "None or a string")
     _check(_is_int(config.tp, 1), "tp", config.tp, "a whole number from 1")
     _check(_is_int(config.max_batch_size, 1), "max_batch_size", config.max_batch_size, "a whole number from 1")
-    _check(config.session_len is None or _is_int(config.session_len, 1), "session_len", config.session_len, "None or a whole number from 1")
+    _check(
+        config.session_len is None or _is_int(config.session_len, 1),
+        "session_len",
+        config.session_len,
+        "None or a whole number from 1",
+    )
 
 
 EngineConfig = PytorchEngineConfig | TurbomindEngineConfig
@@ -286,8 +316,18 @@ class ChatTemplateConfig(_Wire):
         object.__setattr__(self, "stop_words", _words("stop_words", self.stop_words))
         _check(isinstance(self.model_name, str) and bool(self.model_name), "model_name", self.model_name, "a template's name")
         for name in ("system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eoa"):
-            _check(getattr(self, name) is None or isinstance(getattr(self, name), str), name, getattr(self, name), "None or a string")
-        _check(self.capability in (None, "completion", "infilling", "chat", "python"), "capability", self.capability, "'completion', 'infilling', 'chat' or 'python'")
+            _check(
+                getattr(self, name) is None or isinstance(getattr(self, name), str),
+                name,
+                getattr(self, name),
+                "None or a string",
+            )
+        _check(
+            self.capability in (None, "completion", "infilling", "chat", "python"),
+            "capability",
+            self.capability,
+            "'completion', 'infilling', 'chat' or 'python'",
+        )
 
     @classmethod
     def from_json(cls, file_or_text: str) -> Self:

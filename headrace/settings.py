@@ -72,7 +72,9 @@ class Settings:
                 continue
             spec = specs.get(name)
             if spec is None:
-                raise InvalidRequest(f"{name} is not a setting of headrace; the settings are {', '.join(sorted(specs))}", param=name)
+                raise InvalidRequest(
+                    f"{name} is not a setting of headrace; the settings are {', '.join(sorted(specs))}", param=name
+                )
             kind = Path if spec.name == "home" else type(spec.default)
             try:
                 values[spec.name] = kind(text)

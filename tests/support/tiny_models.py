@@ -19,7 +19,11 @@ def save_tokenizer(path: Path) -> int:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = ["the mill wheel turns while the water runs down the headrace", "system user assistant 0123456789", "naïve café 水車 🙂"]
+    corpus = [
+        "the mill wheel turns while the water runs down the headrace",
+        "system user assistant 0123456789",
+        "naïve café 水車 🙂",
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -28,7 +32,11 @@ def save_tokenizer(path: Path) -> int:
     )
     tokenizer.train_from_iterator(corpus, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<|endoftext|>", bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=tokenizer,
+        unk_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
     fast.chat_template = CHATML
     fast.save_pretrained(str(path))
