@@ -1,0 +1,414 @@
+"""Decides who computes how many tokens in the next step, and who holds which KV blocks. Plain integers: no torch, no text.
+
+Life of a request:
+
+    waiting ──admit──▶ running ──last row planned──▶ leaving ──next plan()──▶ released
+       ▲                  │
+       └────preempt───────┘          a stop token, an error or an abort releases it from any place, at once
+
+`plan()` is called one step ahead of what the host knows: when step N+1 is planned, the tokens of step N are still on the
+device. Therefore
+- a request in `running` counts one token (`num_tokens`) more than its known `tokens`; the plan needs its position, not its id;
+- a request that step N turns out to have ended has a row in step N+1 already; that row's token is dropped by the engine;
+- a request whose last allowed token is planned gets no further row.
+
+Why blocks and slots that are released on the host may be given away by the very next plan, although launched steps still
+use them: steps run on the device in the order in which they were launched. What a new owner writes comes after everything
+that a launched step reads or writes. For the same reason a block counts as computed as soon as the step that fills it
+has been launched, and may then be found by its prefix in the next plan; its tokens must be known, because they are the key.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import islice
+from typing import NamedTuple
+
+from engine.blocks import BlockPool
+from engine.forecast import Forecast, Load, OutputLengths
+from engine.plan import Admission, PlanRow, StepPlan
+from engine.request import TokenRequest
+from engine.sequence import SequenceState
+from headrace.errors import ContextLengthExceeded, InvalidRequest, KVCapacity
+
+
+class PlannedStep(NamedTuple):
+    """A plan, and whom its sampled tokens belong to."""
+
+    plan: StepPlan
+    sampled: tuple[SequenceState, ...]
+    """One for each row that samples, in the order of the rows."""
+    admitted: tuple[SequenceState, ...]
+
+
+class _Draft:
+    """A plan in the making."""
+
+    __slots__ = ("admitted", "admitted_states", "budget", "chunks", "sampled_by_chunks", "sampled_by_singles", "singles")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Tokens that the step may still take."""
+        # Rows of one token stand first in a plan, so they are collected apart.
+        self.singles: list[PlanRow] = []
+        self.chunks: list[PlanRow] = []
+        self.sampled_by_singles: list[SequenceState] = []
+        self.sampled_by_chunks: list[SequenceState] = []
+        self.admitted: list[Admission] = []
+        self.admitted_states: list[SequenceState] = []
+
+
+class Scheduler:
+    """Continuous batching over one block pool, with chunked prompts, prefix reuse and preemption by recompute."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        token_budget: int,
+        prefill_interval: int,
+        enable_prefix_caching: bool,
+        session_len: int,
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.preemptions = 0
+        self._block_size = block_size
+        self._max_batch_size = max_batch_size
+        self._token_budget = token_budget
+        self._prefill_interval = prefill_interval
+        self._caching = enable_prefix_caching
+        self._session_len = session_len
+        self._step = 0
+        self._arrivals = 0
+        self._free_slots = list(range(max_batch_size - 1, -1, -1))
+        # In order of arrival; a preempted request goes back to the front.
+        self._waiting: OrderedDict[int, SequenceState] = OrderedDict()
+        self._waiting_tokens = 0
+        # By slot, in order of admission: the last one is the youngest.
+        self._running: dict[int, SequenceState] = {}
+        # Their last row is launched; they are released by the next plan().
+        self._leaving: list[SequenceState] = []
+        # Blocks of these were filled by the last plan and are not registered yet.
+        self._unregistered: list[SequenceState] = []
+        # Prefix keys that a running request is about to compute; see _admit.
+        self._computing: set[bytes] = set()
+        self._lengths = OutputLengths()
+        self._steps_since_admission = 0
+        # Set when the head of the queue didn't fit; until blocks are released there is no use in asking again.
+        self._pool_was_full = False
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._running) + len(self._leaving)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold nothing yet, or nothing any more."""
+        return len(self._waiting)
+
+    def add(self, request: TokenRequest) -> SequenceState:
+        """Queue a request.
+
+        Raise `ContextLengthExceeded` or `KVCapacity` for one that could never run. One whose prompt fits but whose
+        `max_new_tokens` doesn't is cut to what session length and pool leave: it may well end by itself before.
+        """
+        num_prompt = len(request.prompt_ids)
+        capacity = self.pool.num_blocks * self._block_size
+        if not num_prompt:
+            raise InvalidRequest("the prompt has no tokens; give it at least one", param="prompt_ids")
+        if num_prompt >= self._session_len:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_prompt} tokens, the session length is {self._session_len}; shorten it or raise session_len"
+            )
+        if num_prompt > capacity:
+            raise KVCapacity(
+                f"the prompt has {num_prompt} tokens, the KV pool holds {capacity} "
+                f"({self.pool.num_blocks} blocks of {self._block_size}); shorten it or give the engine a larger pool"
+            )
+        # The last token's KV is never computed, so one token more than the pool's positions can be there.
+        room = min(self._session_len, capacity + 1) - num_prompt
+        fits = request.max_new_tokens <= room
+        sequence = SequenceState(
+            request,
+            arrival=self._arrivals,
+            max_new_tokens=request.max_new_tokens if fits else room,
+            limit=request.limit if fits else "session_len",
+        )
+        self._arrivals += 1
+        self._waiting[sequence.arrival] = sequence
+        self._waiting_tokens += sequence.num_tokens
+        return sequence
+
+    def plan(self) -> PlannedStep | None:
+        """Reserve what the next step needs and say what it computes; None: there is nothing to compute."""
+        self._settle()
+        draft = _Draft(self._token_budget)
+        self._continue_running(draft)
+        self._steps_since_admission += 1
+        if self._may_admit():
+            self._admit(draft)
+        if not draft.singles and not draft.chunks:
+            return None
+        self._step += 1
+        plan = StepPlan(step=self._step, admitted=tuple(draft.admitted), rows=(*draft.singles, *draft.chunks))
+        return PlannedStep(plan, (*draft.sampled_by_singles, *draft.sampled_by_chunks), tuple(draft.admitted_states))
+
+    def finish(self, sequence: SequenceState, *, completed: bool) -> None:
+        """Release a request that ended, wherever it is. `completed`: its length is worth learning from."""
+        assert not sequence.done, "a request ended twice"
+        sequence.done = True
+        if completed:
+            self._lengths.record(len(sequence.tokens) - sequence.num_prompt)
+        if sequence.arrival in self._waiting:
+            del self._waiting[sequence.arrival]
+            self._waiting_tokens -= sequence.num_tokens
+        elif sequence.slot is not None:
+            if self._running.pop(sequence.slot, None) is None:
+                self._leaving.remove(sequence)
+            self._release(sequence)
+
+    def distrust(self, sequence: SequenceState) -> None:
+        """Forget the prefixes of a finished request with NaN logits: the NaN may sit in its KV and would spread to whoever finds it."""
+        self.pool.forget(sequence.keys)
+
+    def check_integrity(self) -> None:
+        """Compare everything that is counted twice. AssertionError: a bug of ours."""
+        held = [*self._running.values(), *self._leaving]
+        self.pool.check_integrity(sequence.blocks for sequence in held)
+        slots = [sequence.slot for sequence in held]
+        assert sorted([*self._free_slots, *slots]) == list(range(self._max_batch_size)), "a slot leaked"  # type: ignore[type-var]
+        assert all(sequence.slot == slot for slot, sequence in self._running.items()), (
+            "a sequence is filed under another's slot"
+        )
+        for sequence in held:
+            assert not sequence.done, "a request that ended still runs"
+            assert sequence.capacity == len(sequence.blocks) * self._block_size >= sequence.num_computed, (
+                "the block table is too short"
+            )
+            assert 0 <= sequence.num_tokens - len(sequence.tokens) <= 2, "more tokens in flight than steps"
+        for sequence in self._waiting.values():
+            holds_nothing = sequence.slot is None and not sequence.blocks and not sequence.num_computed
+            assert holds_nothing, "a waiting request holds something"
+        assert self._waiting_tokens == sum(sequence.num_tokens for sequence in self._waiting.values()), (
+            "waiting tokens miscounted"
+        )
+        assert held or not self._computing, "a prefix is said to be computed by nobody"
+
+    def _settle(self) -> None:
+        """Take note of the step that has been launched since the last plan."""
+        if self._unregistered:
+            for sequence in self._unregistered:
+                if sequence.slot is not None:
+                    self._register(sequence)
+            self._unregistered.clear()
+        for sequence in self._leaving:
+            self._release(sequence)
+        self._leaving.clear()
+
+    def _continue_running(self, draft: _Draft) -> None:
+        """Give each running request its next token, oldest first, and what is left of the budget to unfinished prompts."""
+        running = list(self._running.values())
+        unfinished: list[SequenceState] = []
+        budget = draft.budget
+        add_row, add_sampled = draft.singles.append, draft.sampled_by_singles.append
+        # This loop is the scheduler's whole cost at a thousand requests: no calls but the three appended values.
+        for sequence in running:
+            if not budget:
+                break
+            start = sequence.num_computed
+            num_tokens = sequence.num_tokens
+            if num_tokens - start != 1:
+                unfinished.append(sequence)
+                continue
+            new_blocks: tuple[int, ...] = ()
+            if start == sequence.capacity:
+                if not self._make_room(running, sequence):
+                    break
+                new_blocks = self._grow(sequence)
+            add_row(PlanRow(sequence.slot, start, 1, True, num_tokens - sequence.num_prompt, new_blocks))  # type: ignore[arg-type]
+            add_sampled(sequence)
+            budget -= 1
+            sequence.num_computed = num_tokens
+            sequence.num_tokens = num_tokens = num_tokens + 1
+            if num_tokens == sequence.final:
+                self._leave(sequence)
+        draft.budget = budget
+        for sequence in unfinished:
+            if draft.budget:
+                self._add_chunk(draft, sequence)
+
+    def _make_room(self, running: list[SequenceState], sequence: SequenceState) -> bool:
+        """Preempt the youngest until a block is free; False when `sequence` was the youngest itself.
+
+        `running` is the list that the caller iterates over: victims are cut from its end, where it hasn't been yet.
+        """
+        while not self.pool.num_free:
+            victim = running.pop()
+            assert victim.slot is not None, "a victim that doesn't run"
+            del self._running[victim.slot]
+            self._release(victim)
+            victim.num_computed = 0
+            victim.preemptions += 1
+            self.preemptions += 1
+            self._waiting[victim.arrival] = victim
+            self._waiting.move_to_end(victim.arrival, last=False)
+            self._waiting_tokens += victim.num_tokens
+            # Whoever is admitted into the blocks just freed takes them from the one they were freed for.
+            self._pool_was_full = True
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: SequenceState) -> tuple[int, ...]:
+        """Append a block to a sequence whose blocks are all full: all their tokens but the last few are known by now."""
+        self._register(sequence)
+        block = self.pool.allocate(1)
+        sequence.blocks += block
+        sequence.capacity += self._block_size
+        return tuple(block)
+
+    def _add_chunk(self, draft: _Draft, sequence: SequenceState) -> None:
+        """Compute as much of a prompt as the budget allows; its blocks are there since its admission."""
+        start = sequence.num_computed
+        count = min(sequence.num_tokens - start, draft.budget)
+        end = start + count
+        samples = end == sequence.num_tokens
+        assert sequence.slot is not None, "a chunk of a sequence that doesn't run"
+        row = PlanRow(sequence.slot, start, count, samples, sequence.generated, ())
+        (draft.singles if count == 1 else draft.chunks).append(row)
+        draft.budget -= count
+        sequence.num_computed = end
+        if self._caching:
+            self._unregistered.append(sequence)
+        if samples:
+            (draft.sampled_by_singles if count == 1 else draft.sampled_by_chunks).append(sequence)
+            sequence.num_tokens += 1
+            if sequence.num_tokens == sequence.final:
+                self._leave(sequence)
+
+    def _leave(self, sequence: SequenceState) -> None:
+        """Nothing is left to compute; the plan in the making still uses slot and blocks, the next one may give them away."""
+        del self._running[sequence.slot]  # type: ignore[arg-type]  # it runs
+        self._leaving.append(sequence)
+
+    def _may_admit(self) -> bool:
+        """Whether prompts may join this step.
+
+        A step with prompts is longer, and on a GPU not a graph replay: while many run, prompts are let in in bunches, but
+        `prefill_interval` steps after the last admission at the latest.
+        """
+        if not self._waiting or not self._free_slots:
+            return False
+        if not self._running:
+            return True
+        if self._pool_was_full:
+            return False
+        return (
+            self._waiting_tokens >= self._token_budget
+            or 2 * len(self._running) < self._max_batch_size
+            or self._steps_since_admission >= self._prefill_interval
+        )
+
+    def _admit(self, draft: _Draft) -> None:
+        """Let requests in, in order, while slots, tokens and blocks last.
+
+        Passed over is only a request whose prefix another one is computing right now: a step later it finds it in the
+        cache, where now it would compute and store it a second time. The other runs and therefore makes progress or
+        releases what it was to compute, so nobody waits for ever.
+        """
+        forecast = Forecast(map(self._load, self._running.values()), capacity=self.pool.num_blocks * self._block_size)
+        for sequence in list(islice(self._waiting.values(), self._max_batch_size)):
+            if not draft.budget or not self._free_slots:
+                break
+            cached = self._find_prefix(sequence)
+            if cached is None:
+                continue
+            if not self._fits(sequence, cached, forecast):
+                self._pool_was_full = True
+                break
+            self._start(sequence, cached, draft)
+            self._steps_since_admission = 0
+
+    def _find_prefix(self, sequence: SequenceState) -> list[int] | None:
+        """Return the cached blocks that the sequence starts with; None: the next one is just being computed.
+
+        At least one token stays to be computed: its logits choose the next one.
+        """
+        found: list[int] = []
+        if not self._caching:
+            return found
+        for index in range((sequence.num_tokens - 1) // self._block_size):
+            key = sequence.key(index, self._block_size)
+            block = self.pool.find(key)
+            if block is None:
+                return None if key in self._computing else found
+            found.append(block)
+        return found
+
+    def _fits(self, sequence: SequenceState, cached: list[int], forecast: Forecast) -> bool:
+        idle = sum(map(self.pool.is_idle, cached))
+        missing = -(-sequence.num_tokens // self._block_size) - len(cached)
+        if missing + idle > self.pool.num_free:
+            return False
+        sequence.shared_blocks = len(cached) - idle
+        # With nobody else there the forecast has no say: add() has made sure that it fits alone.
+        return forecast.add(self._load(sequence)) or not self._running
+
+    def _load(self, sequence: SequenceState) -> Load:
+        allowed = sequence.final - sequence.num_prompt
+        generated = sequence.generated
+        left = allowed - generated if sequence.exact else self._lengths.expect_left(generated, allowed)
+        # A last block is on average half empty.
+        size = sequence.num_tokens - sequence.shared_blocks * self._block_size + self._block_size // 2
+        return Load(left, size)
+
+    def _start(self, sequence: SequenceState, cached: list[int], draft: _Draft) -> None:
+        """Give a waiting request a slot, blocks for all its known tokens, and its first chunk."""
+        assert len(sequence.tokens) == sequence.num_tokens, "admitted with tokens still in flight"
+        del self._waiting[sequence.arrival]
+        self._waiting_tokens -= sequence.num_tokens
+        size = self._block_size
+        # The cached blocks first: allocate() might evict them.
+        self.pool.share(cached)
+        sequence.blocks = cached + self.pool.allocate(-(-sequence.num_tokens // size) - len(cached))
+        sequence.capacity = len(sequence.blocks) * size
+        sequence.num_registered = len(cached)
+        sequence.num_computed = len(cached) * size
+        if not sequence.preemptions:
+            sequence.cached_tokens = sequence.num_computed
+        if self._caching and sequence.num_tokens // size:
+            sequence.key(sequence.num_tokens // size - 1, size)
+            self._computing.update(sequence.keys[len(cached) :])
+        slot = sequence.slot = self._free_slots.pop()
+        self._running[slot] = sequence
+        draft.admitted.append(Admission(slot, sequence.request, tuple(sequence.tokens), tuple(sequence.blocks)))
+        draft.admitted_states.append(sequence)
+        self._add_chunk(draft, sequence)
+
+    def _register(self, sequence: SequenceState) -> None:
+        """Make the full blocks findable whose tokens are known and computed by a launched step."""
+        if not self._caching:
+            return
+        first = sequence.num_registered
+        full = min(len(sequence.tokens), sequence.num_computed) // self._block_size
+        for index in range(first, full):
+            self.pool.register(sequence.blocks[index], sequence.key(index, self._block_size))
+        if full > first:
+            sequence.num_registered = full
+            self._computing.difference_update(sequence.keys[first:full])
+
+    def _release(self, sequence: SequenceState) -> None:
+        """Take slot and blocks back; what was computed stays findable until it is evicted."""
+        assert sequence.slot is not None, "released without a slot"
+        self._register(sequence)
+        self._computing.difference_update(sequence.keys[sequence.num_registered :])
+        self.pool.release(sequence.blocks)
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        sequence.blocks = []
+        sequence.capacity = 0
+        sequence.num_registered = 0
+        self._pool_was_full = False

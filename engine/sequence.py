@@ -1,0 +1,100 @@
+"""A request on its way through the engine: what is known, what is computed, where it sits. No policy and no device here."""
+
+from __future__ import annotations
+
+from engine.blocks import ROOT_KEY, prefix_key
+from engine.request import LimitName, TokenRequest
+from headrace.completion import TokenLogprobs
+
+
+class SequenceState:
+    """Mutable state of one request, owned by the scheduler; the engine fills the fields that are marked so.
+
+    There is no "prefill" and no "decode": positions num_computed .. num_tokens-1 are still to be computed, and a step
+    computes some of them.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached_tokens",
+        "capacity",
+        "done",
+        "exact",
+        "final",
+        "keys",
+        "limit",
+        "logprobs",
+        "num_computed",
+        "num_prompt",
+        "num_registered",
+        "num_tokens",
+        "preemptions",
+        "queued_at",
+        "reported",
+        "request",
+        "shared_blocks",
+        "slot",
+        "started_at",
+        "stop_from",
+        "stops",
+        "tokens",
+        "watched",
+    )
+
+    def __init__(self, request: TokenRequest, *, arrival: int, max_new_tokens: int, limit: LimitName) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.tokens = list(request.prompt_ids)
+        """Known to the host: the prompt and every token read so far."""
+        self.num_prompt = len(self.tokens)
+        self.num_tokens = self.num_prompt
+        """`len(tokens)` and the tokens that launched steps choose and the host hasn't read."""
+        self.num_computed = 0
+        """Positions whose KV is there once every launched step has run."""
+        self.final = self.num_prompt + max_new_tokens
+        """`num_tokens` at which it ends in any case."""
+        self.limit = limit
+        # Filled by the scheduler while the sequence runs.
+        self.slot: int | None = None
+        self.blocks: list[int] = []
+        self.capacity = 0
+        """Positions that `blocks` have room for."""
+        self.keys: list[bytes] = []
+        """Prefix keys of the first full blocks, as far as anybody asked."""
+        self.num_registered = 0
+        """Leading blocks that are findable by their key (or have a twin that is)."""
+        self.shared_blocks = 0
+        """Blocks found in the cache that another running sequence was using already: they cost the pool nothing."""
+        self.preemptions = 0
+        self.done = False
+        # What ends it.
+        stops = () if request.config.ignore_eos else (*request.eos_ids, *request.stop_ids)
+        self.stops = frozenset(stops)
+        self.stop_from = self.num_prompt + request.config.min_new_tokens
+        """`len(tokens)` from which on a stop token ends it (before, the sampler bans them)."""
+        self.exact = not self.stops
+        """Whether only its length can end it."""
+        # Filled by the engine.
+        self.queued_at = 0.0
+        self.started_at: float | None = None
+        self.cached_tokens = 0
+        self.reported = self.num_prompt
+        """`len(tokens)` at the last report."""
+        self.logprobs: list[TokenLogprobs] | None = None if request.config.logprobs is None else []
+        self.watched = request.stream or self.logprobs is not None
+        """Whether the engine must look at it in every step, not only when it ends."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far, those in flight included."""
+        return self.num_tokens - self.num_prompt
+
+    def key(self, index: int, block_size: int) -> bytes:
+        """Return the prefix key of full block `index`, whose tokens must be known."""
+        keys, tokens = self.keys, self.tokens
+        while len(keys) <= index:
+            start = len(keys) * block_size
+            assert start + block_size <= len(tokens), "the key of a block whose tokens are not all known"
+            keys.append(prefix_key(keys[-1] if keys else ROOT_KEY, tokens[start : start + block_size]))
+        return keys[index]
