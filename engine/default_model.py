@@ -101,7 +101,7 @@ def _convert_atomically(source: Path, target: Path) -> None:
 
 def convert(source: Path, folder: Path) -> None:
     """Write a llama GGUF as config.json, generation_config.json, tokenizer files and bf16 model.safetensors into `folder`."""
-    from gguf import GGUFReader  # noqa: PLC0415  # an optional dependency of this one model
+    from gguf import GGUFReader  # an optional dependency of this one model
 
     reader = GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -138,8 +138,8 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_weights(reader: GGUFReader, fields: dict[str, Any], folder: Path) -> None:
-    from gguf import dequantize  # noqa: PLC0415
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from gguf import dequantize
+    from safetensors.torch import save_file
 
     heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
     tensors: dict[str, torch.Tensor] = {}
@@ -164,7 +164,7 @@ def _tensor_name(name: str) -> str:
 
 
 def _save_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]

@@ -61,7 +61,7 @@ def locate_model(path_or_id: str | Path) -> Path:
     if local.is_dir():
         return local.resolve()
     if text == DEFAULT_MODEL:
-        from engine.default_model import default_model_dir  # noqa: PLC0415  # pulls in torch and gguf, only for this model
+        from engine.default_model import default_model_dir  # pulls in torch and gguf, only for this model
 
         return default_model_dir()
     if local.exists():
@@ -76,8 +76,8 @@ def locate_model(path_or_id: str | Path) -> Path:
 
 
 def _from_hub(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and most models are local
-    from huggingface_hub.errors import (  # noqa: PLC0415
+    from huggingface_hub import snapshot_download  # slow to import, and most models are local
+    from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,

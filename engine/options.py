@@ -141,7 +141,7 @@ def _session_len(wanted: int | None, info: ModelInfo) -> int:
 def _device(config: PytorchEngineConfig) -> DeviceName:
     if config.device == "cpu":
         return "cpu"
-    import torch  # noqa: PLC0415  # only here; device_count asks NVML and creates no CUDA context in this process
+    import torch  # only here; device_count asks NVML and creates no CUDA context in this process
 
     count = torch.cuda.device_count()
     if config.device == "auto" and count == 0:

@@ -1,0 +1,123 @@
+"""The paged KV pool of one rank: how many blocks there are, and the tensors that hold them.
+
+Layout: for each layer keys and values apart, [B, K, S, H] = (block, KV head, position in the block, head dim), contiguous.
+Who owns which block is the scheduler's business, not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.models.decoder import LayerCache
+from engine.models.spec import ModelSpec
+from engine.options import EngineOptions
+from headrace.errors import InvalidRequest, KVCapacity
+
+log = logging.getLogger(__name__)
+
+CPU_POOL_BYTES = 2 << 30
+"""Most that a pool takes of a CPU host unasked; `num_gpu_blocks` asks for more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """Where one rank's memory goes, in bytes; JSON-ready by `dataclasses.asdict`."""
+
+    weights: int
+    activations: int
+    """Measured on a GPU; 0 on a CPU, where it isn't."""
+    kv_pool: int
+    kv_block: int
+    num_blocks: int
+    free_before_pool: int
+
+
+def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers of this rank (`spec` is the rank's share)."""
+    return 2 * spec.num_layers * spec.num_kv_heads * block_size * spec.head_dim * dtype.itemsize
+
+
+def choose_num_blocks(options: EngineOptions, *, one_block: int, free: int) -> int:
+    """Settle how many blocks of `one_block` bytes fit into `free` bytes of memory.
+
+    An explicit `num_blocks` that doesn't fit raises `InvalidRequest` before anything is allocated; so does memory that
+    holds no block at all (`KVCapacity`).
+    """
+    if options.num_blocks:
+        if options.num_blocks * one_block > free:
+            raise InvalidRequest(
+                f"num_gpu_blocks={options.num_blocks} of {one_block} bytes need {_gib(options.num_blocks * one_block)}, "
+                f"but {_gib(free)} are free; at most {free // one_block} fit",
+                param="num_gpu_blocks",
+            )
+        return options.num_blocks
+    allowed = int(free * options.cache_max_entry_count)
+    if options.device == "cpu":
+        # One whole session always gets room, so that the longest allowed prompt can run at all.
+        allowed = min(allowed, max(CPU_POOL_BYTES, options.max_blocks_per_sequence * one_block))
+    count = min(allowed // one_block, options.max_batch_size * options.max_blocks_per_sequence)
+    if count < 1:
+        raise KVCapacity(
+            f"{_gib(free)} of free memory hold no KV block of {one_block} bytes; use a smaller model or more memory"
+        )
+    if count < options.max_blocks_per_sequence:
+        log.warning(
+            "the KV pool is smaller than one session; longer prompts will be refused",
+            extra={"event": "kv_pool_small", "num_blocks": count, "session_blocks": options.max_blocks_per_sequence},
+        )
+    return count
+
+
+def allocate(
+    spec: ModelSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[LayerCache, ...]:
+    """Allocate every layer's keys and values. Zeros: an unwritten NaN would survive a multiplication by a masked weight of 0."""
+    shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
+    return tuple(
+        LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(spec.num_layers)
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: on a GPU what the driver says; on a host RAM, or less where a cgroup limits it."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_available_ram(), _cgroup_headroom())
+
+
+def report(memory: MemoryReport) -> dict[str, Any]:
+    """Give the report as a dict with readable sizes beside the bytes."""
+    fields = {name: getattr(memory, name) for name in memory.__dataclass_fields__}
+    return {**fields, "text": f"weights {_gib(memory.weights)}, KV pool {_gib(memory.kv_pool)} in {memory.num_blocks} blocks"}
+
+
+def _available_ram() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return CPU_POOL_BYTES
+
+
+def _cgroup_headroom() -> int:
+    """Memory that the container may still take (cgroup v2); page cache counts as free, since the kernel gives it back."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text(encoding="ascii").strip()
+        if limit == "max":
+            return 1 << 62
+        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
+        used = int((root / "memory.current").read_text(encoding="ascii")) - int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return 1 << 62  # no cgroup v2 here: what the host has free decides alone
+    return max(0, int(limit) - used)
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.2f} GiB"

@@ -1,0 +1,35 @@
+"""The two ends of a decoder: token ids to vectors, and vectors to logits of the whole vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.parallel import ParallelGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A row for each token id, whole on every rank: a gather costs less than the talk that a split would need."""
+
+    weight_VD: Tensor
+
+    def __call__(self, tokens_T: Tensor) -> Tensor:
+        """Give [T, D]."""
+        return F.embedding(tokens_T, self.weight_VD)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head, split by vocabulary rows. The last rank's share may end in rows of zeros, which are cut off."""
+
+    weight_OD: Tensor
+    vocab_size: int
+    group: ParallelGroup
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        """Give float32 logits [R, V], the same on every rank."""
+        logits_RV = self.group.all_gather_columns(F.linear(x_RD, self.weight_OD))
+        return logits_RV[:, : self.vocab_size].float()

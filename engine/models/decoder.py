@@ -1,0 +1,106 @@
+"""One decoder block for all architectures: norm, attention with rotary positions over a paged cache, norm, gated MLP.
+
+T tokens of the step, D hidden, N query heads and K KV heads of this rank, H head dim, R rows that sample, V vocabulary.
+Knows nothing of requests: which token stands where comes in as `StepInputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from engine.layers.embedding import Embedding, Head
+from engine.layers.linear import ColumnLinear, RowLinear
+from engine.models.spec import ModelSpec
+from kernels.attention import AttentionMetadata, paged_attention
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rotary import rotary_kv_write
+from kernels.silu_mul import silu_mul
+
+
+class LayerCache(NamedTuple):
+    """One layer's paged keys and values, each [B, K, S, H]."""
+
+    k_BKSH: Tensor
+    v_BKSH: Tensor
+
+
+class StepInputs(NamedTuple):
+    """What the model computes in one step. The shapes of a plan of single tokens depend on its row count alone."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    """int64."""
+    slots_T: Tensor
+    """int64: where each token's key and value go, block · block_size + offset."""
+    attention: AttentionMetadata
+    sampled_R: Tensor | None
+    """int64: the tokens whose hidden state reaches the head; None: all of them, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One block's weights (this rank's share)."""
+
+    input_norm_D: Tensor
+    qkv: ColumnLinear
+    q_norm_H: Tensor | None
+    k_norm_H: Tensor | None
+    output: RowLinear
+    mlp_norm_D: Tensor
+    gate_up: ColumnLinear
+    down: RowLinear
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A decoder model on one rank. `spec` is this rank's share, `engine.models.loading` makes it."""
+
+    spec: ModelSpec
+    embedding: Embedding
+    layers: tuple[Layer, ...]
+    norm_D: Tensor
+    head: Head
+    cos_sin_MH: Tensor
+
+    def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
+        """Run the blocks, write the step's keys and values, and give float32 logits [R, V] of the sampled tokens."""
+        eps = self.spec.norm_eps
+        residual_TD = self.embedding(inputs.tokens_T)
+        x_TD = rms_norm(residual_TD, self.layers[0].input_norm_D, eps)
+        following = [layer.input_norm_D for layer in self.layers[1:]] + [self.norm_D]
+        for layer, cache, next_norm_D in zip(self.layers, caches, following, strict=True):
+            x_TD = self._attend(layer, cache, x_TD, inputs)
+            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
+            x_TD = layer.down(silu_mul(layer.gate_up(x_TD)))
+            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
+        if inputs.sampled_R is not None:
+            x_TD = x_TD.index_select(0, inputs.sampled_R)
+        return self.head(x_TD)
+
+    def _attend(self, layer: Layer, cache: LayerCache, x_TD: Tensor, inputs: StepInputs) -> Tensor:
+        spec = self.spec
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        qkv_TLH = layer.qkv(x_TD).view(x_TD.shape[0], heads + 2 * kv_heads, spec.head_dim)
+        q_TNH, k_TKH, v_TKH = qkv_TLH.split([heads, kv_heads, kv_heads], dim=1)
+        q_TNH = rotary_kv_write(
+            q_TNH,
+            k_TKH,
+            v_TKH,
+            self.cos_sin_MH,
+            inputs.positions_T,
+            inputs.slots_T,
+            cache.k_BKSH,
+            cache.v_BKSH,
+            layer.q_norm_H,
+            layer.k_norm_H,
+            spec.norm_eps,
+        )
+        out_TNH = paged_attention(
+            q_TNH, cache.k_BKSH, cache.v_BKSH, inputs.attention, scale=spec.head_dim**-0.5, sliding_window=layer.window
+        )
+        return layer.output(out_TNH.flatten(1))

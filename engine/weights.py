@@ -1,0 +1,114 @@
+"""Reading a checkpoint: safetensors files, one or many, slice by slice straight into tensors of the target device and dtype.
+
+A rank of a tensor-parallel group reads only its own rows or columns. Knows nothing of what a layer does with a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.model_info import ModelInfo, locate_model
+from headrace.errors import ModelLoadError
+
+__all__ = ["Checkpoint", "ModelInfo", "Part", "locate_model", "open_checkpoint"]
+
+_INDEX = "model.safetensors.index.json"
+_WHOLE = slice(None)
+
+
+class Part(NamedTuple):
+    """A stored tensor, or the rows and columns of it that are wanted."""
+
+    name: str
+    shape: tuple[int, ...]
+    """What the whole stored tensor must measure."""
+    rows: slice = _WHOLE
+    columns: slice = _WHOLE
+
+
+class Checkpoint:
+    """The tensors of a model directory. Made by `open_checkpoint`, which closes the files."""
+
+    def __init__(self, path: Path, files: dict[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
+        """Keep the opened file of each tensor name, and what to turn tensors into."""
+        self._path = path
+        self._files = files
+        self._dtype = dtype
+        self._device = device
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def tensor(self, part: Part) -> Tensor:
+        """Read one tensor or a slice of it. Raise `ModelLoadError` where it is missing or measures otherwise."""
+        return self.stacked([part])
+
+    def stacked(self, parts: Sequence[Part], *, extra_rows: int = 0) -> Tensor:
+        """Read several slices into one tensor, one below the other, and append `extra_rows` of zeros."""
+        sources = [self._slice(part) for part in parts]
+        count = sum(source.shape[0] for source in sources)
+        out = torch.empty((count + extra_rows, *sources[0].shape[1:]), dtype=self._dtype, device=self._device)
+        start = 0
+        for source in sources:
+            out[start : start + source.shape[0]].copy_(source)
+            start += source.shape[0]
+        out[start:].zero_()
+        return out
+
+    def _slice(self, part: Part) -> Tensor:
+        file = self._files.get(part.name)
+        if file is None:
+            raise ModelLoadError(
+                f"{self._path} has no tensor {part.name!r}; the download is incomplete or the config is another model's"
+            )
+        stored = file.get_slice(part.name)
+        if tuple(stored.get_shape()) != part.shape:
+            raise ModelLoadError(
+                f"tensor {part.name!r} measures {tuple(stored.get_shape())}, but config.json says {part.shape}"
+            )
+        source: Tensor = stored[part.rows] if len(part.shape) == 1 else stored[part.rows, part.columns]
+        return source
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: Path, *, dtype: torch.dtype, device: torch.device) -> Iterator[Checkpoint]:
+    """Open all safetensors files of `path`. Raise `ModelLoadError` where there is none, or one is broken."""
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for file in _files(path):
+            try:
+                handle = stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                raise ModelLoadError(f"{file} can't be read ({error}); download the model again") from None
+            files.update(dict.fromkeys(handle.keys(), handle))
+        yield Checkpoint(path, files, dtype=dtype, device=device)
+
+
+def _files(path: Path) -> list[Path]:
+    """Name the files of the index where there is one; else all that lie there."""
+    if (path / _INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise ModelLoadError(f"{path / _INDEX} is broken ({error!r}); download the model again") from None
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise ModelLoadError(
+                f"{path} lacks {missing[0]!r} ({len(missing)} of {len(names)} weight files); download the model again"
+            )
+        return [path / name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        old = " (its *.bin files are pickles: convert them to safetensors)" if any(path.glob("*.bin")) else ""
+        raise ModelLoadError(f"{path} has no *.safetensors{old}; give a Hugging Face model directory", param="model_path")
+    return found
