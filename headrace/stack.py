@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: where `worker`, `api` and `migrations` are."""
 DEFAULT_STATE_DIR = Path(".headrace")
+MIGRATE_ARGUMENTS = ("-m", "headrace.cli", "migrate")
+REDIS_ARGUMENTS = ("--appendonly", "yes", "--save", "")
 FLOWER_COLUMNS = "name,uuid,state,args,result,received,runtime,worker"
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STABLE_S = 60.0
@@ -259,8 +261,10 @@ class Stack:
         """Yield the children in the order in which they start. A generator: a spec may need what an earlier child made."""
         if self.options.embedded_redis:
             yield self._redis()
-        yield self._child("migrate", ["-m", "headrace.cli", "migrate"], lambda: True)
-        yield self._child("api", self._api_command(), lambda: answers(f"{self.urls.api}/healthz"))
+        yield self._child("migrate", [*MIGRATE_ARGUMENTS], lambda: True)
+        yield self._child(
+            "api", api_arguments(host=self.options.host, port=self._api_port), lambda: answers(f"{self.urls.api}/healthz")
+        )
         yield dataclasses.replace(
             self._child("worker", worker_arguments(self.settings), self._worker_ready()),
             start_timeout_s=self.options.start_timeout_s,
@@ -275,11 +279,8 @@ class Stack:
         folder = self._state_dir / "redis"
         folder.mkdir(exist_ok=True)
         command = [find_redis(), "--port", str(self._redis_port), "--bind", "127.0.0.1", "--dir", str(folder)]
-        command += ["--appendonly", "yes", "--save", "", "--daemonize", "no"]
+        command += [*REDIS_ARGUMENTS, "--daemonize", "no"]
         return ChildSpec(name="redis", command=command, log=self._log("redis"), is_ready=lambda: redis_answers(self.urls.redis))
-
-    def _api_command(self) -> list[str]:
-        return ["-m", "uvicorn", "api.app:app", "--host", self.options.host, "--port", str(self._api_port), "--no-access-log"]
 
     def _child(self, name: str, arguments: list[str], is_ready: Callable[[], bool]) -> ChildSpec:
         return ChildSpec(
@@ -322,6 +323,11 @@ def worker_arguments(settings: Settings) -> list[str]:
         "--without-gossip",
         "--without-mingle",
     ]
+
+
+def api_arguments(*, host: str, port: int) -> list[str]:
+    """Return the arguments after `python` that start the API."""
+    return ["-m", "uvicorn", "api.app:app", "--host", host, "--port", str(port), "--no-access-log"]
 
 
 def flower_arguments(*, port: int, address: str = "127.0.0.1") -> list[str]:
