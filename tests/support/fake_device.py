@@ -1,0 +1,192 @@
+"""An executor without a model that behaves as a device does, and is far stricter.
+
+It keeps a state table and the content of every KV position. What it stores at a position is a hash of all tokens up to it,
+so a row that attends to a block which was given away, never filled, or filled for another prefix is found at once. The next
+token is a hash of the whole visible sequence: any wrong content or order changes the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from engine.plan import StepOutput, StepPlan
+from engine.request import TokenRequest
+from headrace.completion import TokenLogprobs
+from headrace.config import GenerationConfig
+
+EOS = 2
+STOP = 7
+NAN_TOKEN = 999_999
+"""A prompt with this token gives NaN logits from its first sampled token on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeOptions:
+    """Plain scheduling options."""
+
+    block_size: int = 16
+    max_batch_size: int = 8
+    max_prefill_token_num: int = 64
+    prefill_interval: int = 16
+    enable_prefix_caching: bool = True
+    session_len: int = 256
+
+
+def request(name: str, prompt, *, max_new_tokens: int = 8, stream: bool = False, stop_ids=(), eos_ids=(EOS,), **config) -> TokenRequest:
+    return TokenRequest(
+        request_id=name,
+        prompt_ids=tuple(prompt),
+        config=GenerationConfig(max_new_tokens=max_new_tokens, **config),
+        seed=0,
+        choice=0,
+        max_new_tokens=max_new_tokens,
+        limit="max_new_tokens",
+        eos_ids=tuple(eos_ids),
+        stop_ids=tuple(stop_ids),
+        stream=stream,
+    )
+
+
+def extend(state: int, token: int) -> int:
+    """Hash of a sequence, from the hash of the sequence without its last token."""
+    return int.from_bytes(hashlib.blake2b(f"{state}/{token}".encode(), digest_size=8).digest(), "big")
+
+
+def next_token(state: int, vocab: int) -> int:
+    return state % vocab
+
+
+def continue_alone(req: TokenRequest, vocab: int, most: int | None = None) -> tuple[tuple[int, ...], str, str | None]:
+    """What the fake model answers to one request: tokens, finish reason, stop detail. The specification, in one loop."""
+    state = 0
+    for token in req.prompt_ids:
+        state = extend(state, token)
+    out: list[int] = []
+    limit = req.max_new_tokens if most is None else min(most, req.max_new_tokens)
+    while len(out) < limit:
+        token = next_token(state, vocab)
+        if not req.config.ignore_eos and len(out) >= req.config.min_new_tokens:
+            if token in req.eos_ids:
+                return tuple(out), "stop", "eos"
+            if token in req.stop_ids:
+                return tuple(out), "stop", f"stop_token:{token}"
+        out.append(token)
+        state = extend(state, token)
+    return tuple(out), "length", req.limit if limit == req.max_new_tokens else "session_len"
+
+
+@dataclass
+class _Slot:
+    request: TokenRequest
+    tokens: list[int]
+    blocks: list[int]
+    states: list[int] = field(default_factory=list)
+    """Hash of the tokens up to each position."""
+
+    def state_at(self, position: int) -> int:
+        while len(self.states) <= position:
+            before = self.states[-1] if self.states else 0
+            self.states.append(extend(before, self.tokens[len(self.states)]))
+        return self.states[position]
+
+
+class _Done:
+    def __init__(self, device: FakeDevice, output: StepOutput) -> None:
+        self._device, self._output = device, output
+
+    def result(self) -> StepOutput:
+        self._device.read += 1
+        return self._output
+
+
+class FakeDevice:
+    """Implements `engine.plan.Executor` and checks each plan as it is launched."""
+
+    def __init__(self, num_blocks: int, options: FakeOptions, *, vocab: int = 40) -> None:
+        self._num_blocks, self._options, self._vocab = num_blocks, options, vocab
+        self.plans: list[StepPlan] = []
+        self.read = 0
+        self.kv: dict[tuple[int, int], int] = {}
+        self.slots: dict[int, _Slot] = {}
+        self.most_in_flight = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    def close(self) -> None:
+        pass
+
+    def launch(self, plan: StepPlan) -> _Done:
+        self._check_shape(plan)
+        self.plans.append(plan)
+        self.most_in_flight = max(self.most_in_flight, len(self.plans) - self.read)
+        for one in plan.admitted:
+            assert len(one.token_ids) <= self._options.session_len
+            self.slots[one.slot] = _Slot(one.request, list(one.token_ids), list(one.blocks))
+        # All rows read before any row writes: no row may rely on another row of its own step.
+        for row in plan.rows:
+            self._read(row)
+        written: set[tuple[int, int]] = set()
+        for row in plan.rows:
+            slot = self.slots[row.slot]
+            for position in range(row.start, row.start + row.count):
+                place = self._place(slot, position)
+                assert place not in written, "two rows of a step write the same KV position"
+                written.add(place)
+                self.kv[place] = slot.state_at(position)
+        return _Done(self, self._sample(plan))
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        assert plan.step == len(self.plans) + 1
+        assert plan.rows, "an empty plan"
+        slots = [row.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots), "a slot has two rows"
+        assert all(0 <= slot < self._options.max_batch_size for slot in slots)
+        counts = [row.count for row in plan.rows]
+        assert sum(counts) <= self._options.max_prefill_token_num, "the token budget is exceeded"
+        assert min(counts) >= 1
+        assert sorted(counts, key=lambda count: count != 1) == counts, "rows of one token don't stand first"
+        admitted = [one.slot for one in plan.admitted]
+        assert len(set(admitted)) == len(admitted)
+        assert set(admitted) <= set(slots), "admitted without a row"
+
+    def _place(self, slot: _Slot, position: int) -> tuple[int, int]:
+        return slot.blocks[position // self._options.block_size], position % self._options.block_size
+
+    def _read(self, row) -> None:
+        slot = self.slots[row.slot]
+        slot.blocks += row.new_blocks
+        assert len(set(slot.blocks)) == len(slot.blocks), "a block is twice in a table"
+        assert all(0 <= block < self._num_blocks for block in slot.blocks)
+        end = row.start + row.count
+        assert end <= len(slot.tokens), "a token is computed before it is chosen"
+        assert end <= len(slot.blocks) * self._options.block_size, "no block for a position"
+        assert row.samples == (end == len(slot.tokens)), "a row samples where it shouldn't, or doesn't where it should"
+        assert row.output_index == len(slot.tokens) - len(slot.request.prompt_ids)
+        for position in range(row.start):
+            assert self.kv.get(self._place(slot, position)) == slot.state_at(position), "a row reads KV that isn't its own"
+
+    def _sample(self, plan: StepPlan) -> StepOutput:
+        tokens: list[int] = []
+        invalid: set[int] = set()
+        logprobs: list[TokenLogprobs | None] = []
+        for row in plan.rows:
+            if not row.samples:
+                continue
+            slot = self.slots[row.slot]
+            if NAN_TOKEN in slot.request.prompt_ids:
+                invalid.add(len(tokens))
+            token = next_token(slot.state_at(row.start + row.count - 1), self._vocab)
+            slot.tokens.append(token)
+            assert len(slot.tokens) <= self._options.session_len, "the state table overflows"
+            tokens.append(token)
+            wants = slot.request.config.logprobs is not None
+            logprobs.append(TokenLogprobs(token_id=token, logprob=-float(row.output_index)) if wants else None)
+        return StepOutput(
+            step=plan.step,
+            tokens=tuple(tokens),
+            invalid=frozenset(invalid),
+            logprobs=tuple(logprobs) if any(one is not None for one in logprobs) else (),
+        )
