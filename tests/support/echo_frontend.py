@@ -1,0 +1,124 @@
+"""An engine that computes nothing: it answers each prompt with the prompt, after a pause. For tests of everything around an engine.
+
+`ECHO_PAUSE_S` (default 0) is the pause of each prompt; all prompts pause at the same time. A prompt that holds 'REFUSE' fails with
+`invalid_request`; the usage of a text is its number of words.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from headrace.completion import Choice, Completion, CompletionError, TokenUsage
+from headrace.config import EngineConfig, GenerationConfig, Prompt
+from headrace.errors import ModelLoadError, RankLost, RequestAborted
+
+
+def answer(prompt: Prompt, *, index: int, seed_key: str | None = None) -> Completion:
+    """Return what the echo engine says to a prompt."""
+    text = prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
+    if "REFUSE" in text:
+        return Completion(index=index, error=CompletionError(code="invalid_request", message="this prompt asks to be refused"))
+    words = text.split()
+    choice = Choice(index=0, text=f"echo {text}", token_ids=tuple(range(len(words))), finish_reason="stop", stop_detail="eos")
+    return Completion(
+        index=index, choices=(choice,), usage=TokenUsage(prompt_tokens=len(words), completion_tokens=len(words)), run_ms=1.0
+    )
+
+
+class EchoFrontend:
+    """Has the methods of `worker.host.EngineFrontend`."""
+
+    def __init__(self, model_path: str, *, backend_config: EngineConfig | None = None, pause_s: float | None = None) -> None:
+        if model_path == "no-such-model":
+            raise ModelLoadError(f"{model_path} is not there")
+        self.model_path = model_path
+        self.backend_config = backend_config
+        self.pause_s = float(os.environ.get("ECHO_PAUSE_S", "0")) if pause_s is None else pause_s
+        self.seen: list[tuple[int, Prompt]] = []
+        self.aborted: list[int] = []
+        self.seed_keys: list[str | None] = []
+        self._handles = itertools.count()
+        self._changed = threading.Condition()
+        self._due: list[tuple[float, int]] = []
+        self._open: dict[int, tuple[Prompt, int, Callable[[Completion], None]]] = {}
+        self._held = False
+        self._alive = True
+        self._steps = 0
+        self._thread = threading.Thread(target=self._run, name="echo", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        gen_config: GenerationConfig,
+        on_done: Callable[[Completion], None],
+        *,
+        index: int = 0,
+        seed_key: str | None = None,
+    ) -> int:
+        assert isinstance(gen_config, GenerationConfig)
+        with self._changed:
+            handle = next(self._handles)
+            self.seen.append((index, prompt))
+            self.seed_keys.append(seed_key)
+            self._open[handle] = (prompt, index, on_done)
+            heapq.heappush(self._due, (time.monotonic() + self.pause_s, handle))
+            self._changed.notify()
+        return handle
+
+    def abort(self, handle: int) -> None:
+        with self._changed:
+            entry = self._open.pop(handle, None)
+        if entry is not None:
+            self.aborted.append(entry[1])
+            entry[2](Completion(index=entry[1], error=CompletionError.of(RequestAborted())))
+
+    def hold(self) -> None:
+        """Answer nothing until `release`, like an engine that is stuck."""
+        self._held = True
+
+    def release(self) -> None:
+        with self._changed:
+            self._held = False
+            self._changed.notify()
+
+    def die(self) -> None:
+        """End for good, as an engine does that could not be restarted: what is inside fails with `rank_lost`."""
+        self._alive = False
+        with self._changed:
+            lost, self._open = list(self._open.values()), {}
+        for _, index, on_done in lost:
+            on_done(Completion(index=index, error=CompletionError.of(RankLost())))
+
+    def stats(self) -> Mapping[str, Any]:
+        return {"steps": self._steps}
+
+    @property
+    def is_alive(self) -> bool:
+        return self._alive
+
+    def close(self) -> None:
+        with self._changed:
+            self._alive = False
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        while self._alive:
+            with self._changed:
+                wait_s = self._due[0][0] - time.monotonic() if self._due and not self._held else None
+                if wait_s is None or wait_s > 0:
+                    self._changed.wait(wait_s)
+                    continue
+                entry = self._open.pop(heapq.heappop(self._due)[1], None)
+            if entry is not None:
+                self._steps += 1
+                prompt, index, on_done = entry
+                on_done(answer(prompt, index=index))

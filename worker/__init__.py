@@ -1,0 +1,1 @@
+"""The worker: a Celery process that holds one engine and answers chunks of many batches at once."""

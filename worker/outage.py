@@ -1,0 +1,49 @@
+"""Waiting for a database that is away. Only what can heal by itself is waited for: a wrong query fails at once."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from headrace.errors import StorageFull, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+HEALS = (StoreUnavailable, StorageFull)
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 2.0
+
+
+def ride_out(call: Callable[[], T], *, what: str, give_up: Callable[[], bool] = lambda: False) -> T:
+    """Call until the store answers, with a growing pause between; return what it returned.
+
+    `what` says in the log what waits. Raise the store's error once `give_up()` is true, and any other error at once.
+    """
+    pause, since = FIRST_PAUSE_S, time.monotonic()
+    failures = 0
+    while True:
+        try:
+            result = call()
+        except HEALS as error:
+            failures += 1
+            if give_up():
+                raise
+            if failures == 1:
+                log.warning(
+                    "the store does not answer (%s); %s waits and is tried again until it does", error.message, what,
+                    extra={"event": "store_outage", "waiting": what, "code": error.code},
+                )  # fmt: skip
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  # jitter, so that workers don't return in step
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+            continue
+        if failures:
+            away_s = time.monotonic() - since
+            log.warning(
+                "the store answers again after %.1f s; %s went through", away_s, what,
+                extra={"event": "store_back", "waiting": what, "away_s": away_s},
+            )  # fmt: skip
+        return result

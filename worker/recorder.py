@@ -1,0 +1,244 @@
+"""Completions on their way to SQL: one thread writes the rows of all chunks in flight, many to a transaction.
+
+    engine's reader thread ── Ledger.add ──▶ rows in memory ── flushing thread ──▶ one transaction ──▶ the ledgers of its chunks
+
+Memory is bounded without a limit of its own: a chunk's task ends only when its rows are written, so no more than
+`worker_concurrency` chunks of rows can wait here. While the store is away they wait, no new chunk starts, and the engine runs dry.
+
+This module knows no Celery and no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from headrace.store import RecordStatus
+from worker.outage import ride_out
+
+if TYPE_CHECKING:
+    from headrace.completion import Completion
+    from headrace.store import Claim, RecordResult, Store
+
+log = logging.getLogger(__name__)
+
+
+class Verdict(StrEnum):
+    """How the work on a claimed chunk ended. Only RECORDED leaves nothing to compute."""
+
+    RECORDED = "recorded"
+    """Every pending prompt has its row."""
+    FENCED = "fenced"
+    """The lease ran out and another worker has the chunk; what this one computes is not wanted any more."""
+    CANCELLED = "cancelled"
+    """The batch was cancelled or has expired."""
+    ENGINE_LOST = "engine_lost"
+    """The engine gave up; the rest of the chunk is for another worker."""
+    DRAINED = "drained"
+    """This worker is going down; the rest of the chunk is handed back."""
+    BROKEN = "broken"
+    """The store refused the rows with an error that no waiting heals."""
+
+
+class Row(NamedTuple):
+    """One completion and the ledger that waits for it."""
+
+    ledger: Ledger
+    completion: Completion
+    arrived: float
+
+
+class Ledger:
+    """What is still owed to one claimed chunk. All fields are guarded by the recorder's lock."""
+
+    def __init__(self, recorder: Recorder, claim: Claim, *, owed: int) -> None:
+        """`owed`: completions that this chunk is waiting for. Made by `Recorder.open`."""
+        self.claim = claim
+        self.owed = owed
+        self.arrived = 0
+        self.recorded = 0
+        self.failed = 0
+        self.tokens = 0
+        # Set once, by whoever finds out first; None while work goes on.
+        self.verdict: Verdict | None = None if owed else Verdict.RECORDED
+        # Set by the flushing thread, with verdict BROKEN.
+        self.error: Exception | None = None
+        self._recorder = recorder
+        self._opened = time.monotonic()
+
+    def add(self, completion: Completion) -> None:
+        """Take one completion; returns at once and never raises."""
+        self._recorder.take(self, completion)
+
+    def settle(self, verdict: Verdict) -> None:
+        """End the work with `verdict`, unless it has ended; rows that arrived before are still written."""
+        with self._recorder.changed:
+            if self.verdict is None:
+                self.verdict = verdict
+                self._recorder.changed.notify_all()
+
+    def wait(self, timeout_s: float) -> Verdict | None:
+        """Return the verdict, or None when there is none after `timeout_s`."""
+        with self._recorder.changed:
+            self._recorder.changed.wait_for(lambda: self.verdict is not None, timeout_s)
+            return self.verdict
+
+    def wait_written(self, timeout_s: float) -> bool:
+        """Wait until no row of this chunk is under way to SQL; False after `timeout_s`."""
+        with self._recorder.changed:
+            return self._recorder.changed.wait_for(lambda: self.recorded >= self.arrived or not self.wants_rows, timeout_s)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been open."""
+        return max(time.monotonic() - self._opened, 1e-3)
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether its rows can still be written: not when the chunk belongs to somebody else."""
+        return self.verdict not in (Verdict.FENCED, Verdict.CANCELLED, Verdict.BROKEN)
+
+
+class Recorder:
+    """Start with `start`; each claimed chunk then takes a ledger with `open`."""
+
+    def __init__(self, store: Store, *, flush_rows: int, flush_interval_s: float) -> None:
+        """Begin a transaction when `flush_rows` completions wait or the oldest has waited `flush_interval_s`."""
+        self.changed = threading.Condition()
+        self._store = store
+        self._flush_rows = flush_rows
+        self._flush_interval_s = flush_interval_s
+        self._rows: deque[Row] = deque()
+        self._ledgers: set[Ledger] = set()
+        self._closing = False
+        self._give_up = False
+        self.rows_written = 0
+        self._thread = threading.Thread(target=self._run, name="headrace-recorder", daemon=True)
+
+    def start(self) -> None:
+        """Start the flushing thread."""
+        self._thread.start()
+
+    @contextmanager
+    def open(self, claim: Claim, *, owed: int) -> Iterator[Ledger]:
+        """Give the ledger of one claimed chunk, which is known to the lease keeper while the block runs."""
+        ledger = Ledger(self, claim, owed=owed)
+        with self.changed:
+            self._ledgers.add(ledger)
+        try:
+            yield ledger
+        finally:
+            with self.changed:
+                self._ledgers.discard(ledger)
+
+    def ledgers(self) -> list[Ledger]:
+        """Return the ledgers of the chunks that are being worked on."""
+        with self.changed:
+            return list(self._ledgers)
+
+    @property
+    def rows_waiting(self) -> int:
+        """Completions that are not in SQL yet."""
+        return len(self._rows)
+
+    def take(self, ledger: Ledger, completion: Completion) -> None:
+        """Queue one row. Called by `Ledger.add`."""
+        with self.changed:
+            if not ledger.wants_rows:
+                return
+            ledger.arrived += 1
+            self._rows.append(Row(ledger, completion, time.monotonic()))
+            # The flusher sleeps until the oldest row is due: it has to hear of the first row and of a full transaction only.
+            if len(self._rows) in (1, self._flush_rows):
+                self.changed.notify_all()
+
+    def close(self, *, timeout_s: float) -> None:
+        """Write what waits, for `timeout_s` at most, and end the thread. What could not be written is computed again."""
+        with self.changed:
+            self._closing = True
+            self.changed.notify_all()
+        if not self._thread.is_alive():
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.error(
+                "the store is still away: %d completions are dropped and will be computed again by the next worker", len(self._rows),
+                extra={"event": "rows_dropped", "rows": len(self._rows)},
+            )  # fmt: skip
+            self._give_up = True
+
+    def _run(self) -> None:
+        while rows := self._next_rows():
+            self._write(rows)
+
+    def _next_rows(self) -> list[Row]:
+        """Wait for the next transaction's rows. Empty: closed, and nothing is left."""
+        with self.changed:
+            while True:
+                if len(self._rows) >= self._flush_rows or (self._rows and self._closing):
+                    break
+                if self._closing:
+                    return []
+                due = self._rows[0].arrived + self._flush_interval_s - time.monotonic() if self._rows else None
+                if due is not None and due <= 0:
+                    break
+                self.changed.wait(due)
+            return [self._rows.popleft() for _ in range(min(self._flush_rows, len(self._rows)))]
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        """Write one transaction; when it is refused, each chunk by itself, so that one chunk's trouble stays its own."""
+        by_ledger: dict[Ledger, list[Completion]] = {}
+        for row in rows:
+            if row.ledger.wants_rows:
+                by_ledger.setdefault(row.ledger, []).append(row.completion)
+        groups = [dict([item]) for item in by_ledger.items()]
+        try:
+            if by_ledger:
+                self._record(by_ledger)
+        except Exception as error:
+            if len(groups) == 1:
+                self._break(next(iter(by_ledger)), error)
+                return
+            for group in groups:
+                try:
+                    self._record(group)
+                except Exception as own_error:
+                    self._break(next(iter(group)), own_error)
+
+    def _record(self, by_ledger: dict[Ledger, list[Completion]]) -> None:
+        items = [(ledger.claim, completions) for ledger, completions in by_ledger.items()]
+        count = sum(len(completions) for _, completions in items)
+        results = ride_out(
+            lambda: self._store.record_many(items), what=f"a transaction of {count} completions", give_up=lambda: self._give_up
+        )
+        with self.changed:
+            for (ledger, completions), result in zip(by_ledger.items(), results, strict=True):
+                self._book(ledger, completions, result)
+            self.changed.notify_all()
+
+    def _book(self, ledger: Ledger, completions: Sequence[Completion], result: RecordResult) -> None:
+        if result.status is not RecordStatus.OK:
+            ledger.verdict = ledger.verdict or Verdict(result.status)
+            return
+        self.rows_written += result.inserted
+        ledger.recorded += len(completions)
+        ledger.failed += sum(completion.error is not None for completion in completions)
+        ledger.tokens += sum(completion.usage.completion_tokens for completion in completions)
+        if ledger.verdict is None and ledger.recorded >= ledger.owed:
+            ledger.verdict = Verdict.RECORDED
+
+    def _break(self, ledger: Ledger, error: Exception) -> None:
+        log.error(
+            "chunk %s could not be recorded; its lease runs out and it is computed again", ledger.claim.chunk_id,
+            exc_info=error, extra={"event": "record_failed", "chunk_id": ledger.claim.chunk_id},
+        )  # fmt: skip
+        with self.changed:
+            ledger.error = error
+            ledger.verdict = Verdict.BROKEN
+            self.changed.notify_all()

@@ -1,0 +1,212 @@
+"""Everything that one worker process holds while it works: store, broker, engine, recorder, and the chores that keep them true.
+
+    chore          every                   does
+    lease keeper   a quarter of a lease    renews the SQL leases of the chunks in flight, and finds out which were lost or cancelled
+    heartbeat      5 s                     tells the store that this worker lives, with its figures
+    reconciler     reconcile_interval_s    expires batches, and sends what SQL has and Redis lost
+
+This module knows no Celery; `worker.lifecycle` starts and ends it, `worker.tasks` works with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from headrace.broker import Broker, dispatch
+from headrace.errors import HeadraceError, QueueUnavailable
+from worker.host import EngineHost
+from worker.outage import HEALS
+from worker.recorder import Recorder, Verdict
+
+if TYPE_CHECKING:
+    from headrace.settings import Settings
+    from headrace.store import Store
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S: Final = 5.0
+CLOSE_PATIENCE_S: Final = 10.0
+"""How long a closing worker waits for the database to take its last rows."""
+
+
+class Chore:
+    """Calls something at an interval from a thread of its own. An error is logged and the next call comes all the same."""
+
+    def __init__(self, name: str, call: Callable[[], None], *, every_s: float) -> None:
+        """Prepare; `start` starts it with a first call at once."""
+        self._name = name
+        self._call = call
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"headrace-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and wait for a call that is under way."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_PATIENCE_S)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._call()
+            except (*HEALS, QueueUnavailable) as error:
+                log.warning("%s: %s It is done again in %.0f s.", self._name, error.message, self._every_s,
+                            extra={"event": "chore_postponed", "chore": self._name, "code": error.code})  # fmt: skip
+            except Exception:
+                log.exception("%s failed; it is done again in %.0f s", self._name, self._every_s,
+                              extra={"event": "chore_failed", "chore": self._name})  # fmt: skip
+            if self._stop.wait(self._every_s):
+                return
+
+
+class Runtime:
+    """One for each worker process. `start`, then any number of chunks at once, then `drain` and `close`."""
+
+    def __init__(self, settings: Settings, *, store: Store, broker: Broker, host: EngineHost, name: str | None = None) -> None:
+        """`name` tells workers apart for operators, such as Celery's node name. Nothing runs before `start`."""
+        self.settings = settings
+        self.store = store
+        self.broker = broker
+        self.host = host
+        self.worker_id = f"{name or f'worker@{socket.gethostname()}'}#{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.recorder = Recorder(store, flush_rows=settings.flush_rows, flush_interval_s=settings.flush_interval_s)
+        self.draining = threading.Event()
+        """Set: no chunk is taken any more."""
+        self.on_trouble: Callable[[str], None] = lambda _: None
+        """Called once when the engine is lost, so that the process ends. Set by the lifecycle."""
+        self._chunks = 0
+        self._chunks_changed = threading.Condition()
+        self._chunks_done = 0
+        self._refilling = threading.Lock()
+        self._chores = (
+            Chore("lease-keeper", self.keep_leases, every_s=min(settings.lease_s / 4, 2.0)),
+            Chore("heartbeat", self.beat, every_s=HEARTBEAT_S),
+            Chore("reconciler", self.reconcile, every_s=settings.reconcile_interval_s),
+        )
+
+    def start(self) -> None:
+        """Register this worker and start the threads."""
+        self.store.register_worker(self.worker_id, host=socket.gethostname(), model=self.settings.model, stats=self.stats())
+        self.recorder.start()
+        for chore in self._chores:
+            chore.start()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count one chunk as being worked on."""
+        with self._chunks_changed:
+            self._chunks += 1
+        try:
+            yield
+        finally:
+            with self._chunks_changed:
+                self._chunks -= 1
+                self._chunks_done += 1
+                self._chunks_changed.notify_all()
+
+    def keep_leases(self) -> None:
+        """Renew the leases of the chunks in flight, unless the engine stands still: then another worker shall have them."""
+        trouble = self.host.trouble()
+        if trouble is not None:
+            self.give_up(trouble)
+            return
+        open_ledgers = {ledger.claim: ledger for ledger in self.recorder.ledgers() if ledger.verdict is None}
+        held = self.store.renew(list(open_ledgers), self.settings.lease_s) if open_ledgers else set()
+        for claim, ledger in open_ledgers.items():
+            if claim not in held:
+                ledger.settle(Verdict.FENCED)
+
+    def give_up(self, trouble: str) -> None:
+        """End the work because of the engine: chunks are handed back, and the process is asked to end."""
+        if self.draining.is_set():
+            return
+        self.draining.set()
+        log.critical(
+            "%s; this worker hands its chunks back and ends, so that whoever supervises it starts it anew", trouble,
+            extra={"event": "engine_lost", "chunks": self._chunks},
+        )  # fmt: skip
+        for ledger in self.recorder.ledgers():
+            ledger.settle(Verdict.ENGINE_LOST)
+        self.on_trouble(trouble)
+
+    def stats(self) -> dict[str, Any]:
+        """Return this worker's figures, for its row in the store."""
+        return {
+            "pid": os.getpid(),
+            "chunks_in_flight": self._chunks,
+            "chunks_done": self._chunks_done,
+            "rows_recorded": self.recorder.rows_written,
+            "rows_waiting": self.recorder.rows_waiting,
+            "prompts_in_engine": self.host.prompts_inside,
+            "engine": dict(self.host.frontend.stats()),
+        }
+
+    def beat(self) -> None:
+        """Tell the store that this worker lives."""
+        self.store.heartbeat(self.worker_id, stats=self.stats())
+
+    def reconcile(self) -> None:
+        """Compare SQL with what is in flight, and send what is missing. Two of these at once do no harm."""
+        self.store.expire_batches()
+        if not self.draining.is_set():
+            self.refill()
+
+    def refill(self) -> None:
+        """Fill the window of this worker's model, unless another thread is at it."""
+        if not self._refilling.acquire(blocking=False):
+            return
+        try:
+            sent = dispatch(self.store, self.broker, self.settings, self.settings.model)
+        finally:
+            self._refilling.release()
+        if sent:
+            log.info("sent %d chunks", sent, extra={"event": "chunks_sent", "chunks": sent, "model": self.settings.model})
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no more chunks; let those in flight end for `timeout_s`, then hand the rest of them back."""
+        self.draining.set()
+        if self._wait_idle(timeout_s):
+            return
+        ledgers = self.recorder.ledgers()
+        log.warning(
+            "%d chunks are not done after %.0f s; what is recorded of them stays, the rest is handed back", len(ledgers), timeout_s,
+            extra={"event": "chunks_handed_back", "chunks": len(ledgers)},
+        )  # fmt: skip
+        for ledger in ledgers:
+            ledger.settle(Verdict.DRAINED)
+        self._wait_idle(CLOSE_PATIENCE_S)
+
+    def _wait_idle(self, timeout_s: float) -> bool:
+        with self._chunks_changed:
+            return self._chunks_changed.wait_for(lambda: self._chunks == 0, timeout_s)
+
+    def close(self) -> None:
+        """Write what waits, end the engine and forget this worker. After `drain`."""
+        started = time.monotonic()
+        self.draining.set()
+        for chore in self._chores:
+            chore.stop()
+        self.recorder.close(timeout_s=CLOSE_PATIENCE_S)
+        self.host.close()
+        try:
+            self.store.forget_worker(self.worker_id)
+        except HeadraceError as error:
+            log.warning("%s could not sign off: %s", self.worker_id, error.message, extra={"event": "worker_lost_touch"})
+        self.broker.close()
+        log.info(
+            "%s has ended", self.worker_id,
+            extra={"event": "worker_ended", "chunks": self._chunks_done, "seconds": round(time.monotonic() - started, 1)},
+        )  # fmt: skip

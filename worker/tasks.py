@@ -1,0 +1,137 @@
+"""The tasks: `headrace.generate` answers one chunk, `headrace.reconcile` runs the reconciler at an operator's word.
+
+A message may come twice, late, or never: `claim_chunk` decides whether there is work in it, and SQL alone remembers what is done.
+This module knows no SQL and no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from celery import Celery
+from celery.exceptions import Reject
+
+from headrace.broker import TASK_GENERATE, TASK_RECONCILE
+from headrace.config import Prompt
+from headrace.errors import QueueUnavailable
+from headrace.store import ChunkMessage, Claim
+from worker.outage import HEALS, ride_out
+from worker.recorder import Ledger, Verdict
+from worker.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S: Final = 2.0
+WRITE_PATIENCE_S: Final = 10.0
+Report = Callable[[str], None]
+"""Takes a line such as '32/64 rows · 2 failed · 2400 tok · 310 tok/s'."""
+
+_ENDINGS: Final[Mapping[Verdict, str]] = {
+    Verdict.RECORDED: "",
+    Verdict.FENCED: "the chunk is another worker's now, or its batch is over",
+    Verdict.CANCELLED: "the batch is over",
+    Verdict.ENGINE_LOST: "handed back: the engine was lost",
+    Verdict.DRAINED: "handed back: this worker is going down",
+}
+
+
+def register(app: Celery, runtime_of: Callable[[Celery], Runtime]) -> None:
+    """Give `app` its tasks; `runtime_of` finds what the worker process holds. Names are wire format."""
+
+    @app.task(name=TASK_GENERATE, bind=True, ignore_result=True)
+    def generate(task: Any, chunk: Mapping[str, Any]) -> str:
+        def report(line: str) -> None:
+            # Flower shows the state PROGRESS with this result until the task ends.
+            task.send_event("task-progress", result=line)
+
+        return generate_chunk(runtime_of(app), ChunkMessage.from_dict(chunk), report)
+
+    @app.task(name=TASK_RECONCILE, ignore_result=True)
+    def reconcile() -> str:
+        runtime_of(app).reconcile()
+        return "reconciled"
+
+
+def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:
+    """Answer what SQL lacks of one chunk and return a line about it; when this returns, the message is acknowledged."""
+    with work.working():
+        claim = _claim(work, message)
+        if claim is None:
+            return "nothing to do: it is done, cancelled, or another worker has it"
+        prompts = _pending(work, claim, message)
+        with work.recorder.open(claim, owed=len(prompts)) as ledger:
+            with work.host.submit(prompts, message.gen_config, ledger, batch_id=claim.batch_id):
+                verdict = _follow(ledger, report)
+            _close(work, ledger, verdict)
+    _send_next(work)
+    return " · ".join(part for part in (progress_line(ledger), _ENDINGS[verdict]) if part)
+
+
+def _claim(work: Runtime, message: ChunkMessage) -> Claim | None:
+    """Claim the chunk. A worker that is going down puts the message back instead."""
+    try:
+        if work.draining.is_set():
+            raise Reject("this worker is going down", requeue=True)
+        return ride_out(
+            lambda: work.store.claim_chunk(message.chunk_id, worker=work.worker_id, lease_s=work.settings.lease_s),
+            what=f"the claim on chunk {message.chunk_id}",
+            give_up=work.draining.is_set,
+        )
+    except HEALS as error:
+        raise Reject(f"this worker is going down, and the store is away: {error.message}", requeue=True) from error
+
+
+def _pending(work: Runtime, claim: Claim, message: ChunkMessage) -> list[tuple[int, Prompt]]:
+    """Return the message's prompts whose indexes have no row yet, with their indexes: after a crash, the rest of the chunk."""
+    pending = ride_out(lambda: work.store.pending(claim), what=f"chunk {claim.chunk_id}", give_up=work.draining.is_set)
+    prompts = ((item.index, message.prompts[item.index - message.start]) for item in pending)
+    return [(index, prompt) for index, prompt in prompts if prompt is not None]
+
+
+def _follow(ledger: Ledger, report: Report) -> Verdict:
+    """Wait until the chunk's work ends, and tell how it gets on."""
+    while (verdict := ledger.wait(PROGRESS_S)) is None:
+        report(progress_line(ledger))
+    return verdict
+
+
+def _close(work: Runtime, ledger: Ledger, verdict: Verdict) -> None:
+    """Finish the chunk, or hand back what is left of it. What the recorder has of it is written first."""
+    claim = ledger.claim
+    if verdict is Verdict.BROKEN:
+        assert ledger.error is not None
+        raise ledger.error
+    if verdict is Verdict.RECORDED:
+        ride_out(
+            lambda: work.store.finish_chunk(claim), what=f"the end of chunk {claim.chunk_id}", give_up=work.draining.is_set
+        )
+    elif verdict in (Verdict.ENGINE_LOST, Verdict.DRAINED):
+        if not ledger.wait_written(WRITE_PATIENCE_S):
+            log.warning(
+                "chunk %s can't be handed back while the store is away; its lease runs out instead", claim.chunk_id,
+                extra={"event": "chunk_left", "chunk_id": claim.chunk_id},
+            )  # fmt: skip
+            return
+        work.store.release_chunk(claim)
+
+
+def _send_next(work: Runtime) -> None:
+    """Send the next chunks. The reconciler does it a moment later where this fails, and the chunk just done is done."""
+    if work.draining.is_set():
+        return
+    try:
+        work.refill()
+    except (*HEALS, QueueUnavailable) as error:
+        log.info("the next chunks are sent later: %s", error.message, extra={"event": "chunks_wait", "code": error.code})
+
+
+def progress_line(ledger: Ledger) -> str:
+    """Return a line such as '32/64 rows · 2 failed · 2400 tok · 310 tok/s'; the rows are those in SQL."""
+    parts = [f"{ledger.recorded}/{ledger.owed} rows"]
+    if ledger.failed:
+        parts.append(f"{ledger.failed} failed")
+    if ledger.tokens:
+        parts += [f"{ledger.tokens} tok", f"{ledger.tokens / ledger.seconds:.0f} tok/s"]
+    return " · ".join(parts)
