@@ -1,0 +1,61 @@
+"""Causal attention over a paged KV cache: one call for a step that mixes rows of one token and rows of many.
+
+Knows nothing of requests or of how blocks are handed out: a row is a block table and two lengths.
+
+A cache is [B, K, S, H]: block, kv head, position in the block, head dim. Position p of a row lies in block
+`block_tables_RP[row, p // S]` at p % S; nothing at or past the row's context length is ever read into a result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels import reference_attention
+
+
+class AttentionMetadata(NamedTuple):
+    """Which tokens of a step belong to which row, and where each row's keys and values lie.
+
+    Rows with exactly one query token come first. A query token i of a row with Q of them and a context of C stands at
+    position C - Q + i and sees every position up to its own.
+    """
+
+    block_tables_RP: Tensor
+    """int32 [R, P]; entries past a row's last block are not read."""
+    query_start_R1: Tensor
+    """int32 [R + 1]: row r's query tokens are query_start[r] .. query_start[r + 1] - 1."""
+    context_lens_R: Tensor
+    """int32 [R]: positions in the cache, this step's tokens included. 0 = a padding row; its output is zeros."""
+    num_single: int
+    """How many rows, from the first, have exactly one query token: token r belongs to row r for these."""
+    max_query_len: int
+    """At least the longest row's query length (the grid of the prefill kernel)."""
+    max_context_len: int
+    """At least the longest row's context (used to decide splits; a captured graph serves any context up to P · S)."""
+    query_lens: tuple[int, ...] | None = None
+    """Host copy of the rows' query lengths; the CPU path reads it where given."""
+    host_context_lens: tuple[int, ...] | None = None
+    """Host copy of `context_lens_R`, a new tuple each step: the CPU path keeps what it derives from it across layers."""
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_BKSH: Tensor,
+    v_cache_BKSH: Tensor,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """softmax(scale · q·k) · v of every query token over its row's cached positions. Gives [T, N, H] in q's dtype.
+
+    N must be a multiple of K (grouped queries). `sliding_window` W: a query at position p sees p - W + 1 .. p only.
+    This step's own keys and values must be in the cache already (`rotary_kv_write`).
+    """
+    if q_TNH.is_cuda:
+        from kernels.gpu import attention as gpu
+
+        return gpu.paged_attention(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, scale, sliding_window)
+    return reference_attention.paged_attention(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, scale, sliding_window)

@@ -1,0 +1,183 @@
+"""Paged attention in plain PyTorch, quick enough to serve from a CPU.
+
+Rows of one token are computed together: rows of similar context are gathered from the cache into one dense tensor and
+attended to by one batched call, with no loop over rows. Rows of many tokens are attended to one by one.
+
+Grouped queries never copy the cache's heads: the group's query heads stand where a dense attention has query positions.
+R rows, L padded context, G query heads of a kv head; the rest as in `kernels.attention`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.attention import AttentionMetadata
+
+# Elements of K that one gather may make: larger ones fall out of the cache between the gather and its use.
+_GATHER_ELEMENTS = 1 << 19
+# A row joins a group while it fills at least this share of the group's padded context.
+_MIN_FILL = 0.75
+
+
+class _Group(NamedTuple):
+    """Rows of one token that are computed together."""
+
+    rows_R: Tensor
+    pages_RKP: Tensor
+    """Row of the cache seen as [B * K, S, H] for each row, kv head and page."""
+    visible_RL: Tensor
+    """Which gathered positions a row's token sees."""
+    hidden_rows: Tensor
+    hidden_positions: Tensor
+    """Coordinates of the gathered positions past a context: whatever memory holds there must not reach a sum."""
+
+
+class _Layout(NamedTuple):
+    """What a step's metadata means on the host; the same for every layer of the step."""
+
+    key: tuple[object, ...]
+    groups: tuple[_Group, ...]
+    context_lens: tuple[int, ...]
+    query_lens: tuple[int, ...]
+
+
+class _LastLayout:
+    """Holds the layout of the step in hand.
+
+    A step's layers ask for the same one; deriving it anew for each would cost more than a small model's attention.
+    """
+
+    def __init__(self) -> None:
+        self._layout: _Layout | None = None
+
+    def get(self, metadata: AttentionMetadata, key: tuple[object, ...], num_kv_heads: int, size: int) -> _Layout:
+        """Give the layout for `metadata`: the last call's if it was for the same step (the very same host tuple)."""
+        layout = self._layout
+        if (
+            layout is not None
+            and metadata.host_context_lens is not None
+            and layout.key[0] is metadata.host_context_lens
+            and layout.key[1] is metadata.block_tables_RP
+            and layout.key[2:] == key[2:]
+        ):
+            return layout
+        layout = _lay_out(metadata, key, num_kv_heads, size)
+        self._layout = layout
+        return layout
+
+
+_last_layout = _LastLayout()
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_BKSH: Tensor,
+    v_cache_BKSH: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """See `kernels.attention.paged_attention`."""
+    num_kv_heads, size = k_cache_BKSH.shape[1:3]
+    key = (metadata.host_context_lens, metadata.block_tables_RP, metadata.num_single, num_kv_heads, size, sliding_window)
+    layout = _last_layout.get(metadata, key, num_kv_heads, size)
+    out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+    for group in layout.groups:
+        _attend_singles(out_TNH, q_TNH, k_cache_BKSH, v_cache_BKSH, group, scale)
+    start = metadata.num_single
+    for row in range(metadata.num_single, len(layout.context_lens)):
+        length, context = layout.query_lens[row], layout.context_lens[row]
+        if length and context:
+            pages_P = metadata.block_tables_RP[row, : -(-context // size)].long()
+            k_KCH = k_cache_BKSH[pages_P].transpose(0, 1).flatten(1, 2)[:, :context]
+            v_KCH = v_cache_BKSH[pages_P].transpose(0, 1).flatten(1, 2)[:, :context]
+            q_QNH = q_TNH[start : start + length]
+            out_TNH[start : start + length] = _attend_row(q_QNH, k_KCH, v_KCH, scale, sliding_window)
+        start += length
+    return out_TNH
+
+
+def _lay_out(metadata: AttentionMetadata, key: tuple[object, ...], num_kv_heads: int, size: int) -> _Layout:
+    """Read the metadata on the host and sort the single-token rows into groups of similar context."""
+    context_lens = metadata.host_context_lens
+    if context_lens is None:
+        context_lens = tuple(metadata.context_lens_R.tolist())
+    query_lens = metadata.query_lens
+    if query_lens is None:
+        query_lens = tuple(metadata.query_start_R1.diff().tolist())
+    window = key[5]
+    rows = sorted((r for r in range(metadata.num_single) if context_lens[r]), key=lambda r: context_lens[r])
+    groups = []
+    while rows:
+        longest = context_lens[rows[-1]]
+        most = max(1, _GATHER_ELEMENTS // (longest * num_kv_heads * 64))
+        count = 1
+        while count < min(most, len(rows)) and context_lens[rows[-count - 1]] >= _MIN_FILL * longest - size:
+            count += 1
+        members, rows = rows[-count:], rows[:-count]
+        lens_R = torch.tensor([context_lens[r] for r in members])
+        groups.append(_group(metadata, members, lens_R, num_kv_heads, size, window if isinstance(window, int) else None))
+    return _Layout(key, tuple(groups), context_lens, query_lens)
+
+
+def _group(
+    metadata: AttentionMetadata, rows: list[int], lens_R: Tensor, num_kv_heads: int, size: int, window: int | None
+) -> _Group:
+    """Index tensors for rows that share one gather."""
+    rows_R = torch.tensor(rows)
+    num_pages = -(-int(lens_R[-1]) // size)
+    pages_RP = metadata.block_tables_RP[rows_R, :num_pages].long()
+    # A shorter row's table may hold anything past its last page: those gathers read page 0 and are hidden.
+    pages_RP = pages_RP.masked_fill(torch.arange(num_pages) * size >= lens_R[:, None], 0)
+    pages_RKP = pages_RP[:, None, :] * num_kv_heads + torch.arange(num_kv_heads)[None, :, None]
+    position_L = torch.arange(num_pages * size)
+    past_RL = position_L >= lens_R[:, None]
+    visible_RL = ~past_RL
+    if window is not None:
+        visible_RL &= position_L >= lens_R[:, None] - window
+    hidden_rows, hidden_positions = past_RL.nonzero(as_tuple=True)
+    return _Group(rows_R, pages_RKP, visible_RL, hidden_rows, hidden_positions)
+
+
+def _attend_singles(
+    out_TNH: Tensor, q_TNH: Tensor, k_cache_BKSH: Tensor, v_cache_BKSH: Tensor, group: _Group, scale: float
+) -> None:
+    """One token each for the rows of a group, into `out_TNH`."""
+    num_blocks, num_kv_heads, size, head_dim = k_cache_BKSH.shape
+    num_rows, _, num_pages = group.pages_RKP.shape
+    pages = group.pages_RKP.flatten()
+    shape = (num_rows, num_kv_heads, num_pages * size, head_dim)
+    k_RKLH = k_cache_BKSH.view(num_blocks * num_kv_heads, size * head_dim).index_select(0, pages).view(shape)
+    v_RKLH = v_cache_BKSH.view(num_blocks * num_kv_heads, size * head_dim).index_select(0, pages).view(shape)
+    if group.hidden_rows.numel():
+        k_RKLH[group.hidden_rows, :, group.hidden_positions] = 0
+        v_RKLH[group.hidden_rows, :, group.hidden_positions] = 0
+    q_RKGH = q_TNH[group.rows_R].view(num_rows, num_kv_heads, -1, head_dim)
+    mask_R11L = group.visible_RL[:, None, None, :]
+    out_RKGH = F.scaled_dot_product_attention(q_RKGH, k_RKLH, v_RKLH, attn_mask=mask_R11L, scale=scale)
+    out_TNH[group.rows_R] = out_RKGH.reshape(num_rows, -1, head_dim)
+
+
+def _attend_row(q_QNH: Tensor, k_KCH: Tensor, v_KCH: Tensor, scale: float, window: int | None) -> Tensor:
+    """Many tokens of one row. The group of query heads is a batch dimension over which K and V are expanded, not copied."""
+    length, num_heads, head_dim = q_QNH.shape
+    num_kv_heads, context = k_KCH.shape[:2]
+    group = num_heads // num_kv_heads
+    q_KGQH = q_QNH.view(length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    k_KGCH = k_KCH[:, None].expand(num_kv_heads, group, context, head_dim)
+    v_KGCH = v_KCH[:, None].expand(num_kv_heads, group, context, head_dim)
+    if length == context and (window is None or window >= context):
+        out_KGQH = F.scaled_dot_product_attention(q_KGQH, k_KGCH, v_KGCH, is_causal=True, scale=scale)
+    else:
+        query_Q1 = torch.arange(context - length, context)[:, None]
+        key_C = torch.arange(context)
+        visible_QC = key_C <= query_Q1
+        if window is not None:
+            visible_QC &= key_C > query_Q1 - window
+        out_KGQH = F.scaled_dot_product_attention(q_KGQH, k_KGCH, v_KGCH, attn_mask=visible_QC, scale=scale)
+    return out_KGQH.permute(2, 0, 1, 3).reshape(length, num_heads, head_dim)
