@@ -1,0 +1,112 @@
+"""Batches: read, listed, cancelled, expired. Every function works inside the caller's transaction."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from sqlalchemy import Connection, Row, and_, delete, or_, select, tuple_, update
+
+from headrace.batch import Batch, BatchStatus, RequestCounts
+from headrace.completion import TokenUsage
+from headrace.config import GenerationConfig
+from headrace.errors import Conflict, NotFound
+from headrace.store.lifecycle import advance, lock_batch
+from headrace.store.tables import batches, completions, now, prompts
+from headrace.store.values import to_json
+
+STALL_S: Final = 300.0
+"""A batch of which no prompt arrived for so long, and that is not complete, is given up: whoever sent it is gone."""
+_STALLED_ERROR: Final = {
+    "code": "submission_interrupted",
+    "message": "The sender went away before every prompt was stored; send the batch again.",
+}
+_PLAIN: Final = (
+    "id", "model", "created_at", "expires_at", "started_at", "in_progress_at", "finalizing_at", "completed_at", "failed_at",
+    "expired_at", "cancelling_at", "cancelled_at", "updated_at", "endpoint", "completion_window", "priority",
+)  # fmt: skip
+
+
+def from_row(row: Row[Any]) -> Batch:
+    """Return the snapshot that other rooms see."""
+    return Batch(
+        **{name: getattr(row, name) for name in _PLAIN},
+        gen_config=GenerationConfig.from_dict(json.loads(row.gen_config)),
+        status=BatchStatus(row.status),
+        counts=RequestCounts(total=row.total, completed=row.completed, failed=row.failed),
+        usage=usage_of(row),
+        metadata=json.loads(row.metadata),
+        errors=tuple(json.loads(row.errors)),
+    )
+
+
+def usage_of(row: Row[Any]) -> TokenUsage:
+    """Return the tokens of the whole batch so far."""
+    return TokenUsage(prompt_tokens=row.prompt_tokens, cached_tokens=row.cached_tokens, completion_tokens=row.completion_tokens)
+
+
+def get(connection: Connection, batch_id: str) -> Row[Any]:
+    """Return the batch's row; raise `NotFound`."""
+    row = connection.execute(select(batches).where(batches.c.id == batch_id)).first()
+    if row is None:
+        raise NotFound(f"no batch {batch_id}", param="batch_id")
+    return row
+
+
+def find(connection: Connection, *, after: str | None, limit: int, status: BatchStatus | None) -> list[Batch]:
+    """Return batches, newest first, from the one after `after`; raise `NotFound` when that is unknown."""
+    query = select(batches).order_by(batches.c.created_at.desc(), batches.c.id.desc()).limit(limit)
+    if after is not None:
+        last = get(connection, after)
+        query = query.where(tuple_(batches.c.created_at, batches.c.id) < (last.created_at, last.id))
+    if status is not None:
+        query = query.where(batches.c.status == status.value)
+    return [from_row(row) for row in connection.execute(query)]
+
+
+def begin_cancel(connection: Connection, batch_id: str) -> None:
+    """Say that the batch is to stop: no-op when it already is; raise `NotFound`, and `Conflict` when it is over."""
+    row = lock_batch(connection, batch_id)
+    if row is None:
+        raise NotFound(f"no batch {batch_id}", param="batch_id")
+    if row.status == BatchStatus.CANCELLING or advance(connection, batch_id, BatchStatus.CANCELLING):
+        return
+    raise Conflict(f"Cannot cancel a batch with status '{row.status}'.")
+
+
+def begin_expire(connection: Connection) -> int:
+    """Mark batches whose time is up; return how many. From here on nobody starts on a chunk of them."""
+    due = select(batches.c.id).where(
+        batches.c.status == BatchStatus.IN_PROGRESS, batches.c.expires_at <= now(), batches.c.expiring_at.is_(None)
+    )
+    picked = due.with_for_update(skip_locked=True)
+    return connection.execute(update(batches).where(batches.c.id.in_(picked)).values(expiring_at=now())).rowcount
+
+
+def find_stopping(connection: Connection) -> list[str]:
+    """Return the ids of the batches that are being cancelled or expired."""
+    stopping = or_(
+        batches.c.status == BatchStatus.CANCELLING,
+        and_(batches.c.status == BatchStatus.IN_PROGRESS, batches.c.expiring_at.is_not(None)),
+    )
+    return list(connection.execute(select(batches.c.id).where(stopping)).scalars())
+
+
+def give_up_stalled(connection: Connection) -> int:
+    """End batches whose sender went away while its prompts were being stored; return how many."""
+    stalled = (
+        select(batches.c.id)
+        .where(batches.c.status.in_([BatchStatus.VALIDATING.value, BatchStatus.CANCELLING.value]))
+        .where(batches.c.total == 0, batches.c.updated_at < now() - STALL_S)
+        .with_for_update(skip_locked=True)
+    )
+    ids = list(connection.execute(stalled).scalars())
+    for batch_id in ids:
+        # No row of it may stay: nothing was promised, and `total` is 0.
+        connection.execute(delete(completions).where(completions.c.batch_id == batch_id))
+        connection.execute(delete(prompts).where(prompts.c.batch_id == batch_id))
+        values = {"errors": to_json([_STALLED_ERROR]), "idempotency_key": None, "failed": 0}
+        connection.execute(update(batches).where(batches.c.id == batch_id).values(values))
+        if not advance(connection, batch_id, BatchStatus.FAILED):
+            advance(connection, batch_id, BatchStatus.CANCELLED)
+    return len(ids)

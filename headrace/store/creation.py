@@ -1,0 +1,219 @@
+"""How a batch comes in: prompts are written as they arrive, in slices, and nobody sees a chunk of it before the last is stored.
+
+A million prompts in one transaction would keep every other writer out for half a minute; the whole list in memory would be
+gigabytes. So the batch is `validating` while slices are committed, and one last transaction makes its chunks and opens it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+
+from headrace.batch import BatchStatus
+from headrace.completion import CompletionError
+from headrace.config import GenerationConfig, Prompt
+from headrace.errors import Conflict, HeadraceError, InvalidRequest
+from headrace.store.lifecycle import advance, lock_batch, settle
+from headrace.store.results import insert_rows, to_row
+from headrace.store.session import Database, insert_new
+from headrace.store.tables import batches, chunks, now, prompts
+from headrace.store.values import MAX_CHUNK_SIZE, ChunkState, refusal, to_json, window_seconds
+
+SLICE_ROWS: Final = 2000
+SLICE_CHARS: Final = 4 * 1024 * 1024
+_OPEN_TO_PROMPTS = (BatchStatus.VALIDATING.value, BatchStatus.CANCELLING.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a caller asks for, the prompts apart."""
+
+    gen_config: GenerationConfig
+    model: str
+    chunk_size: int = 64
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
+    completion_window: str = "24h"
+    endpoint: str = "/v1/batches"
+    idempotency_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk_size <= MAX_CHUNK_SIZE:
+            raise InvalidRequest(f"chunk_size must be from 1 to {MAX_CHUNK_SIZE}, not {self.chunk_size}", param="chunk_size")
+        window_seconds(self.completion_window)
+
+    def header(self) -> dict[str, Any]:
+        """Return what counts, beside the prompts, as the content of a request."""
+        return {
+            "gen_config": self.gen_config.to_dict(), "model": self.model, "metadata": dict(sorted(self.metadata.items())),
+            "priority": self.priority, "completion_window": self.completion_window, "endpoint": self.endpoint,
+        }  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Intake:
+    """Reads the prompts once, and keeps of them what fits in a few bytes each."""
+
+    order: Order
+    total: int = 0
+    refused: dict[int, int] = field(default_factory=dict)
+    """Prompts refused at the rim, by chunk number from 0."""
+    digest: Any = None
+
+    def __post_init__(self) -> None:
+        self.digest = hashlib.sha256(to_json(self.order.header()).encode())
+
+    def slices(self, items: Iterable[Prompt | CompletionError]) -> Iterator[list[tuple[int, str | CompletionError]]]:
+        """Yield (index, prompt as JSON or its refusal) in slices of bounded size."""
+        batch: list[tuple[int, str | CompletionError]] = []
+        size = 0
+        for index, item in enumerate(items):
+            entry: str | CompletionError
+            if isinstance(item, CompletionError):
+                entry = item
+                chunk = index // self.order.chunk_size
+                self.refused[chunk] = self.refused.get(chunk, 0) + 1
+                self.digest.update(to_json([item.code, item.message]).encode())
+            else:
+                entry = to_json(item)
+                self.digest.update(entry.encode())
+                size += len(entry)
+            self.digest.update(b"\n")
+            self.total = index + 1
+            batch.append((index, entry))
+            if len(batch) >= SLICE_ROWS or size >= SLICE_CHARS:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+
+def new_batch_id() -> str:
+    """Return 'batch_' and 32 hex digits: 16 of the time, so that rows of one batch lie together in every index, 16 random."""
+    return f"batch_{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def create(database: Database, items: Iterable[Prompt | CompletionError], order: Order) -> str:
+    """Store a batch and return its id; of two calls with one idempotency key and the same content the second stores nothing.
+
+    Raises `InvalidRequest` (no prompts; the key was used with another content), `Conflict` (the key's first request is still being
+    stored), `StorageFull`, `StoreUnavailable`, and whatever `items` raises; nothing stays behind then.
+    """
+    batch_id = new_batch_id()
+    intake = _Intake(order)
+    existing = database.write(lambda connection: _open(connection, batch_id, order))
+    if existing is not None:
+        return _same_as(existing, intake, items)
+    try:
+        for rows in intake.slices(items):
+            database.write(lambda connection, rows=rows: _store(connection, batch_id, rows))  # type: ignore[misc]
+        database.write(lambda connection: _seal(connection, batch_id, intake))
+    except BaseException:
+        # What can't be removed now is given up by the sweep, after `STALL_S`.
+        with contextlib.suppress(HeadraceError):
+            database.write(lambda connection: connection.execute(delete(batches).where(batches.c.id == batch_id)))
+        raise
+    return batch_id
+
+
+def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | None:
+    """Insert the batch's row; return the other batch that has its idempotency key, if there is one."""
+    header = order.header()
+    connection.execute(
+        insert_new(connection, batches).values(
+            **{**header, "gen_config": to_json(header["gen_config"]), "metadata": to_json(header["metadata"])},
+            id=batch_id,
+            idempotency_key=order.idempotency_key,
+            status=BatchStatus.VALIDATING.value,
+            created_at=now(),
+            updated_at=now(),
+            expires_at=now() + window_seconds(order.completion_window),
+        )
+    )
+    if order.idempotency_key is None:
+        return None
+    row = connection.execute(select(batches).where(batches.c.idempotency_key == order.idempotency_key)).one()
+    return None if row.id == batch_id else row
+
+
+def _same_as(existing: Row[Any], intake: _Intake, items: Iterable[Prompt | CompletionError]) -> str:
+    if existing.content_hash is None:
+        raise Conflict("the first request with this idempotency key is still being stored; send it again in a moment")
+    for _ in intake.slices(items):
+        pass
+    if intake.digest.hexdigest() != existing.content_hash:
+        raise InvalidRequest("this idempotency key was used with another request; take a new key", param="idempotency_key")
+    return str(existing.id)
+
+
+def _store(connection: Connection, batch_id: str, rows: list[tuple[int, str | CompletionError]]) -> None:
+    touched = connection.execute(
+        update(batches).where(batches.c.id == batch_id, batches.c.status.in_(_OPEN_TO_PROMPTS)).values(updated_at=now())
+    )
+    if touched.rowcount == 0:
+        raise Conflict("the batch was given up because no prompt arrived for too long; send it again")
+    at = connection.execute(select(now())).scalar_one()
+    texts = [{"batch_id": batch_id, "index": index, "body": entry} for index, entry in rows if isinstance(entry, str)]
+    if texts:
+        connection.execute(insert_new(connection, prompts), texts)
+    refused = [refusal(index, entry) for index, entry in rows if isinstance(entry, CompletionError)]
+    insert_rows(connection, [to_row(batch_id, completion, recorded_at=at, worker=None) for completion in refused])
+
+
+def _seal(connection: Connection, batch_id: str, intake: _Intake) -> None:
+    """Make the chunks and open the batch; end it at once if every prompt was refused. A second run changes nothing."""
+    if intake.total == 0:
+        raise InvalidRequest("a batch needs at least one prompt", param="prompts")
+    row = lock_batch(connection, batch_id)
+    if row is None or row.status not in _OPEN_TO_PROMPTS:
+        if row is not None and row.total > 0:
+            return
+        raise Conflict("the batch was given up because no prompt arrived for too long; send it again")
+    if row.total > 0:
+        return
+    rows = list(_chunk_rows(row, intake))
+    for start in range(0, len(rows), SLICE_ROWS):
+        connection.execute(insert(chunks), rows[start : start + SLICE_ROWS])
+    connection.execute(
+        update(batches)
+        .where(batches.c.id == batch_id)
+        .values(
+            total=intake.total,
+            failed=sum(intake.refused.values()),
+            chunk_count=len(rows),
+            open_chunks=sum(chunk["state"] == ChunkState.QUEUED for chunk in rows),
+            content_hash=intake.digest.hexdigest(),
+        )
+    )
+    advance(connection, batch_id, BatchStatus.IN_PROGRESS)
+    settle(connection, batch_id)
+
+
+def _chunk_rows(batch: Row[Any], intake: _Intake) -> Iterator[dict[str, Any]]:
+    size = intake.order.chunk_size
+    count = -(-intake.total // size)
+    for number in range(count):
+        start, stop = number * size, min(intake.total, (number + 1) * size)
+        failed = intake.refused.get(number, 0)
+        is_done = failed == stop - start
+        yield {
+            "id": f"{batch.id.replace('batch_', 'chunk_', 1)}_{number + 1:07d}",
+            "batch_id": batch.id,
+            "number": number + 1,
+            "chunk_count": count,
+            "start": start,
+            "stop": stop,
+            "model": batch.model,
+            "rank": -batch.priority,
+            "created_at": batch.created_at,
+            "state": (ChunkState.DONE if is_done else ChunkState.QUEUED).value,
+            "finished_at": batch.created_at if is_done else None,
+            "failed": failed,
+        }

@@ -1,0 +1,255 @@
+"""The store: one method for each thing that a room may ask of SQL, each in its own short transaction.
+
+Thread-safe; one for each process. Every method may raise `StoreUnavailable`, every one that writes `StorageFull`.
+Nothing here knows Celery, HTTP or the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import text
+
+from headrace.batch import Batch, BatchStatus
+from headrace.completion import Completion, CompletionError, TokenUsage
+from headrace.config import GenerationConfig, Prompt
+from headrace.store import batches, chunks, creation, lifecycle, results, schema, workers
+from headrace.store.session import Database
+from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """Batches, chunks and completions in SQLite or PostgreSQL."""
+
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        """Open `sqlite:///PATH` or `postgresql+psycopg://…`; `create` also brings the schema up to date."""
+        self._database = Database(url)
+        if create:
+            self.migrate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._database.close()
+
+    # The database itself
+
+    def migrate(self) -> None:
+        """Bring the schema to this release's; several processes may call it at once."""
+        schema.migrate(self._database)
+
+    def check_schema(self) -> None:
+        """Raise `StoreUnavailable` unless the schema is this release's."""
+        schema.check(self._database)
+
+    def ping(self) -> None:
+        """Raise `StoreUnavailable` unless the database answers."""
+        self._database.read(lambda connection: connection.execute(text("SELECT 1")))
+
+    # Batches
+
+    def create_batch(  # noqa: PLR0913  # one keyword for each thing that a caller may say
+        self,
+        prompts: Iterable[Prompt | CompletionError],
+        gen_config: GenerationConfig,
+        *,
+        model: str,
+        chunk_size: int = 64,
+        metadata: Mapping[str, str] | None = None,
+        priority: int = 0,
+        completion_window: str = "24h",
+        endpoint: str = "/v1/batches",
+        idempotency_key: str | None = None,
+    ) -> Batch:
+        """Store a batch; `prompts` is read once, in slices, so it may be a generator over more than memory holds.
+
+        A `CompletionError` in the place of a prompt is recorded as that prompt's failed completion; when all are, the batch is
+        over at once. A second call with the same `idempotency_key` and content returns the first one's batch. Raises
+        `InvalidRequest`, or `Conflict` while the first one is still being stored; nothing is stored then.
+        """
+        order = creation.Order(
+            gen_config=gen_config, model=model, chunk_size=chunk_size, metadata=metadata or {}, priority=priority,
+            completion_window=completion_window, endpoint=endpoint, idempotency_key=idempotency_key,
+        )  # fmt: skip
+        batch_id = creation.create(self._database, prompts, order)
+        batch = self.get_batch(batch_id)
+        if batch.status is BatchStatus.CANCELLING:
+            self._close(batch_id)
+            batch = self.get_batch(batch_id)
+        return batch
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """Return one batch: a single row's read, whatever its size. Raises `NotFound`."""
+        return self._database.read(lambda connection: batches.from_row(batches.get(connection, batch_id)))
+
+    def token_stats(self, batch_id: str) -> TokenUsage:
+        """Return the tokens of a batch so far: a single row's read. Raises `NotFound`."""
+        return self._database.read(lambda connection: batches.usage_of(batches.get(connection, batch_id)))
+
+    def list_batches(self, *, after: str | None = None, limit: int = 20, status: BatchStatus | None = None) -> list[Batch]:
+        """Return batches, newest first, from the one after `after`. Raises `NotFound` when that is unknown."""
+        return self._database.read(lambda connection: batches.find(connection, after=after, limit=limit, status=status))
+
+    def cancel_batch(self, batch_id: str) -> Batch:
+        """Stop a batch.
+
+        Prompts that nobody works on get the error 'batch_cancelled' now, those of a chunk that a worker holds when the worker
+        reports next (or its lease runs out). Raises `NotFound`, and `Conflict` when the batch is over.
+        """
+        self._database.write(lambda connection: batches.begin_cancel(connection, batch_id), repeatable=False)
+        self._close(batch_id)
+        return self.get_batch(batch_id)
+
+    def expire_batches(self) -> int:
+        """Sweep; return how many batches were touched. Several processes may sweep at once.
+
+        Batches whose window is over end (their open prompts get 'batch_expired'), cancellations whose workers are gone are
+        finished, batches whose sender went away before all was stored are given up.
+        """
+        self._database.write(batches.begin_expire)
+        given_up = self._database.write(batches.give_up_stalled)
+        stopping = self._database.read(batches.find_stopping)
+        for batch_id in stopping:
+            self._close(batch_id)
+        return given_up + len(stopping)
+
+    def _close(self, batch_id: str) -> None:
+        while self._database.write(lambda connection: lifecycle.close_slice(connection, batch_id)):
+            pass
+
+    # Chunks
+
+    def next_chunks(self, *, model: str, limit: int, grace_s: float) -> list[ChunkRef]:
+        """Return up to `limit` chunks to send now and mark them as sent: by priority, then by age of the batch.
+
+        A chunk that was sent more than `grace_s` seconds ago and not claimed, and one whose lease ran out, is sent again.
+        """
+        if limit <= 0:
+            return []
+        return self._database.write(lambda connection: chunks.next_refs(connection, model=model, limit=limit, grace_s=grace_s))
+
+    def unsend(self, refs: Sequence[ChunkRef]) -> None:
+        """Take back the mark of `next_chunks`, for chunks that Redis didn't take."""
+        self._database.write(lambda connection: chunks.unsend(connection, [ref.chunk_id for ref in refs]))
+
+    def requeue_lost(self, *, grace_s: float, model: str | None = None) -> int:
+        """Put lost chunks back to those that were never sent; return how many.
+
+        Lost: sent but not claimed for `grace_s` seconds, or with a lease that ran out.
+        """
+
+        def work(connection: Any) -> int:
+            return chunks.requeue_lapsed(connection, model=model) + chunks.requeue_unclaimed(
+                connection, grace_s=grace_s, model=model
+            )
+
+        return self._database.write(work)
+
+    def count_in_flight(self, *, model: str, grace_s: float | None = None) -> int:
+        """Return how many chunks are sent or held.
+
+        With `grace_s`, chunks that `next_chunks` would send again don't count, so that a flushed Redis doesn't leave the window
+        full of chunks that are nowhere.
+        """
+        return self._database.read(lambda connection: chunks.count_in_flight(connection, model=model, grace_s=grace_s))
+
+    def chunk_message(self, ref: ChunkRef) -> ChunkMessage:
+        """Return the payload of a chunk. Raises `NotFound` when its batch is gone."""
+        return self._database.read(lambda connection: chunks.message(connection, ref))
+
+    def claim_chunk(self, chunk_id: str, *, worker: str, lease_s: float) -> Claim | None:
+        """Claim a chunk for `lease_s` seconds; None when it is done, cancelled, unknown, or held by a live lease."""
+        return self._database.write(
+            lambda connection: chunks.claim(connection, chunk_id, worker=worker, lease_s=lease_s), repeatable=False
+        )
+
+    def pending(self, claim: Claim) -> list[PendingPrompt]:
+        """Return the chunk's prompts that have no completion yet, by index: what is left to do."""
+        return self._database.read(lambda connection: chunks.pending(connection, claim))
+
+    def record(self, claim: Claim, completions: Sequence[Completion]) -> RecordResult:
+        """Write completions of one claim; see `record_many`."""
+        return self.record_many([(claim, completions)])[0]
+
+    def record_many(self, entries: Sequence[tuple[Claim, Sequence[Completion]]]) -> list[RecordResult]:
+        """Write completions of several claims in one transaction, count what was not there before, and extend the leases.
+
+        A row that exists is left as it is, so anything may be recorded again. Results come in the order of `entries`; a fenced
+        or cancelled claim takes nothing from the others.
+        """
+        return self._database.write(lambda connection: results.record(connection, entries)) if entries else []
+
+    def finish_chunk(self, claim: Claim) -> bool:
+        """Mark a chunk done if all its rows are there and the claim holds; the last one ends the batch. May be called again."""
+        return self._database.write(lambda connection: chunks.finish(connection, claim))
+
+    def release_chunk(self, claim: Claim) -> None:
+        """Hand a chunk back: what is recorded stays, the attempt isn't counted. No-op when the claim no longer holds."""
+        self._database.write(lambda connection: chunks.release(connection, claim))
+
+    def renew(self, claims: Sequence[Claim], lease_s: float) -> set[Claim]:
+        """Extend leases; return the claims that still hold. Work on the others is to stop."""
+        return self._database.write(lambda connection: chunks.renew(connection, claims, lease_s)) if claims else set()
+
+    # Results
+
+    def results(self, batch_id: str, *, after: int = -1, limit: int = 1000) -> list[Completion]:
+        """Return up to `limit` completions with an index above `after`, by index. Raises `NotFound`."""
+
+        def work(connection: Any) -> list[Completion]:
+            found = results.page(connection, batch_id, after=after, limit=limit)
+            if not found:
+                batches.get(connection, batch_id)
+            return found
+
+        return self._database.read(work)
+
+    def stream_results(self, batch_id: str, *, after: int = -1, page: int = 500) -> Iterator[Completion]:
+        """Yield every completion that is there, by index, with one page in memory. Raises `NotFound` at the first item.
+
+        No transaction is open between pages: a reader that stays for hours would keep SQLite's log growing.
+        """
+        while found := self.results(batch_id, after=after, limit=page):
+            yield from found
+            after = found[-1].index
+
+    # Workers
+
+    def register_worker(self, worker_id: str, *, host: str, model: str, stats: Mapping[str, Any] | None = None) -> None:
+        """Write a worker down, with this moment as its start."""
+        self._database.write(
+            lambda connection: workers.register(connection, worker_id, host=host, model=model, stats=stats or {})
+        )
+
+    def heartbeat(self, worker_id: str, stats: Mapping[str, Any] | None = None) -> bool:
+        """Note that a worker lives, and its `stats` if given; return False when it isn't registered."""
+        return self._database.write(lambda connection: workers.heartbeat(connection, worker_id, stats))
+
+    def remove_worker(self, worker_id: str) -> None:
+        """Strike a worker off; no-op when it is unknown."""
+        self._database.write(lambda connection: workers.forget(connection, worker_id))
+
+    def list_workers(self, *, max_age_s: float | None = None, model: str | None = None) -> list[WorkerInfo]:
+        """Return the workers, those heard of within `max_age_s` seconds if given, in order of their start."""
+        return self._database.read(lambda connection: workers.read(connection, max_age_s=max_age_s, model=model))
+
+
+def open_store(url: str, *, create: bool = False) -> Store:
+    """Return a store whose schema was found to be this release's (or brought there, with `create`)."""
+    store = Store(url, create=create)
+    try:
+        store.check_schema()
+    except BaseException:
+        store.close()
+        raise
+    return store

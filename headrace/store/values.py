@@ -1,0 +1,185 @@
+"""The values that cross the store's border, and how prompts and answers are written down as JSON.
+
+Everything here is frozen. This module knows no SQL.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Final, Self
+
+from headrace.completion import Choice, Completion, CompletionError
+from headrace.config import GenerationConfig, Prompt
+from headrace.errors import InvalidRequest
+
+MESSAGE_VERSION: Final = 1
+MAX_CHUNK_SIZE: Final = 256
+_WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
+_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_CHOICE_FIELDS = tuple(spec.name for spec in fields(Choice))
+
+
+class ChunkState(StrEnum):
+    """Where a chunk stands: queued → leased → done; leased → queued when its worker is lost; either → cancelled."""
+
+    QUEUED = "queued"
+    LEASED = "leased"
+    DONE = "done"
+    CANCELLED = "cancelled"
+
+
+class RecordStatus(StrEnum):
+    """What became of a claim's rows."""
+
+    OK = "ok"
+    """They are committed; the lease is extended."""
+    FENCED = "fenced"
+    """Another worker holds the chunk (or it was handed back): nothing was written, stop working on it."""
+    CANCELLED = "cancelled"
+    """The batch was cancelled or has expired; every row of the chunk is settled, stop working on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRef:
+    """A chunk that is to be sent now: rows `start` to `stop` (exclusive) of a batch, the `number`-th (from 1) of `of`."""
+
+    chunk_id: str
+    batch_id: str
+    number: int
+    of: int
+    start: int
+    stop: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkMessage:
+    """What Redis carries for one chunk: `prompts[i]` is the prompt at index `start + i`, None when it was refused at the rim."""
+
+    version: int = MESSAGE_VERSION
+    batch_id: str
+    chunk_id: str
+    number: int
+    of: int
+    start: int
+    stop: int
+    model: str
+    gen_config: GenerationConfig
+    prompts: tuple[Prompt | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        data = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return {**data, "gen_config": self.gen_config.to_dict(), "prompts": list(self.prompts)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild from `to_dict` form; raise `InvalidRequest` for a version that this build doesn't know."""
+        if data.get("version") != MESSAGE_VERSION:
+            raise InvalidRequest(
+                f"chunk message version {data.get('version')!r} is not {MESSAGE_VERSION}: run the same release everywhere"
+            )
+        return cls(**{**data, "gen_config": GenerationConfig.from_dict(data["gen_config"]), "prompts": tuple(data["prompts"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """The right to work on one chunk, void as soon as the chunk's epoch is another."""
+
+    chunk_id: str
+    batch_id: str
+    number: int
+    of: int
+    start: int
+    stop: int
+    model: str
+    epoch: int
+    attempt: int
+    """1 for the first worker. Higher: so many earlier claims ended without the chunk being done or handed back."""
+    worker: str
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPrompt:
+    """A prompt that has neither answer nor error yet."""
+
+    index: int
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordResult:
+    """What became of the rows that were given for `claim`; `inserted` counts those that were not there before."""
+
+    claim: Claim
+    status: RecordStatus
+    inserted: int = 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the worker goes on with the chunk."""
+        return self.status is RecordStatus.OK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A worker as it last reported itself; times are Unix seconds of the database's clock."""
+
+    id: str
+    host: str
+    model: str
+    started_at: float
+    heartbeat_at: float
+    age_s: float
+    """Seconds since the last heartbeat, by the database's clock."""
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+
+def window_seconds(text: str) -> float:
+    """Return the length of a completion window such as '24h', '30m', '7d' or '90s'; raise `InvalidRequest` for other forms."""
+    match = _WINDOW.fullmatch(text)
+    if match is None:
+        raise InvalidRequest(
+            f"completion_window must be a number and s, m, h or d, such as '24h', not {text!r}", param="completion_window"
+        )
+    return int(match[1]) * _UNIT_S[match[2]]
+
+
+def to_json(value: Any) -> str:
+    """Return compact JSON that every database takes: NUL is escaped by JSON itself, lone surrogates by ASCII form."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"))
+    return text
+
+
+def encode_answer(choices: tuple[Choice, ...], error: CompletionError | None) -> str:
+    """Return the JSON of what a completion says, without what the row's columns hold."""
+    return to_json({"choices": [_choice(choice) for choice in choices], "error": None if error is None else asdict(error)})
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    # Not asdict(): it visits every token id, which costs more than the insert does.
+    data = {name: getattr(choice, name) for name in _CHOICE_FIELDS}
+    if choice.logprobs is not None:
+        data["logprobs"] = [{"token_id": row.token_id, "logprob": row.logprob, "top": row.top} for row in choice.logprobs]
+    return data
+
+
+def decode_answer(text: str) -> tuple[tuple[Choice, ...], CompletionError | None]:
+    """Undo `encode_answer`."""
+    data = json.loads(text)
+    error = data["error"]
+    return tuple(Choice.from_dict(choice) for choice in data["choices"]), None if error is None else CompletionError(**error)
+
+
+def refusal(index: int, error: CompletionError) -> Completion:
+    """Return the completion of a prompt that no engine ever saw."""
+    return Completion(index=index, error=error, attempts=0)
