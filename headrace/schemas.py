@@ -69,7 +69,9 @@ class BatchCreate(BaseModel):
     )
     priority: int = Field(default=0, ge=-1000, le=1000, description="Higher is served first.")
     completion_window: str = Field(
-        default="24h", pattern=r"^[1-9][0-9]{0,3}[mhd]$", description="The batch expires after so many minutes, hours or days."
+        default="24h",
+        pattern=r"^[1-9][0-9]{0,5}[smhd]$",
+        description="The batch expires after so many seconds, minutes, hours or days.",
     )
 
 

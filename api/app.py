@@ -1,0 +1,73 @@
+"""The application: `uvicorn api.app:app`, or `create_app(settings, store=…, broker=…)` where a caller brings its own.
+
+Importing this module opens nothing and reads no environment: `app` is built when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Depends, FastAPI
+
+from api import batches, docs, health, models, problems, results
+from api.auth import require_key
+from api.examples import problems as problem_responses
+from api.middleware import BodyLimit, RequestContext
+from api.services import Services
+from headrace.log import configure
+from headrace.settings import Settings, get_settings
+
+if TYPE_CHECKING:
+    from headrace.broker import Broker
+    from headrace.store import Store
+
+__all__ = ["create_app"]
+
+
+def create_app(settings: Settings, *, store: Store | None = None, broker: Broker | None = None) -> FastAPI:
+    """Return the application. A store or broker given here stays the caller's to close."""
+    services = Services(settings, store=store, broker=broker)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        services.close()
+
+    # FastAPI's own /docs loads its scripts from a CDN, which many hosts that run this can't reach: docs.py serves a page of its own.
+    app = FastAPI(
+        title="headrace",
+        version=docs.version(),
+        summary="Prompt batches in, every answer out, exactly once.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    problems.install(app)
+    locked: dict[str, Any] = {"dependencies": [Depends(require_key)], "responses": problem_responses()}
+    for router in (batches.router, results.router, models.router):
+        app.include_router(router, **locked)
+    app.include_router(health.router)
+    docs.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext)
+    return app
+
+
+@cache
+def _default_app() -> FastAPI:
+    settings = get_settings()
+    configure(settings.log_level)
+    return create_app(settings)
+
+
+def __getattr__(name: str) -> FastAPI:
+    """Build `app` for `uvicorn api.app:app`."""
+    if name != "app":
+        raise AttributeError(f"module 'api.app' has no attribute {name!r}")
+    return _default_app()

@@ -1,0 +1,63 @@
+"""Liveness and readiness. `/healthz` says that this process answers; `/readyz` names what a batch needs and what of it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from fastapi import APIRouter, Response
+
+from api import examples
+from api.batches import json_response
+from api.services import Services, ServicesDep
+from headrace.errors import HeadraceError
+from headrace.schemas import Check, Health
+
+router = APIRouter(tags=["Health"])
+
+
+@router.get("/healthz", response_model=Health, summary="Liveness", responses={200: examples.ALIVE})
+async def healthz() -> Response:
+    """Answer without touching anything: `async`, so that it answers even when every thread waits for a slow database."""
+    return json_response(Health(status="ok"))
+
+
+@router.get("/readyz", response_model=Health, summary="Readiness", responses={200: examples.READY, 503: examples.NOT_READY})
+def readyz(services: ServicesDep) -> Response:
+    """Check the store, Redis, and that each served model has a worker with a fresh heartbeat; 503 when one is missing."""
+    models = services.settings.served_models
+    checks = [
+        _check("store", partial(_store, services)),
+        _check("redis", partial(_redis, services)),
+        *(_check(f"worker:{model}", partial(_worker, services, model)) for model in models),
+    ]
+    ready = all(check.ok for check in checks)
+    return json_response(Health(status="ready" if ready else "not_ready", checks=checks), status_code=200 if ready else 503)
+
+
+def _check(name: str, look: Callable[[], tuple[bool, str]]) -> Check:
+    try:
+        ok, detail = look()
+    except HeadraceError as error:
+        ok, detail = False, error.message
+    return Check(name=name, ok=ok, detail=detail)
+
+
+def _store(services: Services) -> tuple[bool, str]:
+    services.store.ping()
+    return True, "answers"
+
+
+def _redis(services: Services) -> tuple[bool, str]:
+    waiting = services.broker.count_waiting(services.settings.model)
+    return True, f"answers; {waiting} chunks wait"
+
+
+def _worker(services: Services, model: str) -> tuple[bool, str]:
+    workers = [worker for worker in services.store.list_workers() if worker.model == model]
+    # By the database's clock; a worker that could not renew its leases for so long has lost its chunks too.
+    alive = [worker for worker in workers if worker.age_s < services.settings.lease_s]
+    if alive:
+        return True, f"{len(alive)} with a fresh heartbeat: {', '.join(worker.id for worker in alive[:5])}"
+    lost = f"; {len(workers)} stopped reporting" if workers else ""
+    return False, f"no worker with a fresh heartbeat{lost}. Start one: headrace worker --model {model}"

@@ -1,0 +1,139 @@
+"""Every error leaves as RFC 9457 `application/problem+json`: this module turns exceptions into that form, and knows nothing else.
+
+`code`, `param` and `type` lie where OpenAI's client looks for them, so its exceptions carry them too. What headrace did not expect
+leaves as a 500 that says where to look (the request id) and nothing of what was inside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from headrace.errors import Conflict, HeadraceError, InvalidRequest, NotFound
+from headrace.schemas import FieldError, Problem
+
+MEDIA_TYPE = "application/problem+json"
+MAX_ERRORS = 100
+"""Most entries of `errors` in one problem: a batch of a million wrong prompts must not answer with a million lines."""
+RETRY_AFTER_S = 5
+"""What a 503 and a 507 tell the client to wait."""
+
+
+class InvalidBody(InvalidRequest):
+    """The request body is not what this operation takes; `errors` names each wrong field or prompt."""
+
+    def __init__(self, errors: Sequence[FieldError], *, total: int | None = None) -> None:
+        """`errors`: the first of them, not empty; `total`: how many there are."""
+        first = errors[0]
+        count = total or len(errors)
+        place = first.field if first.index is None else f"{first.field}[{first.index}]"
+        message = f"{place}: {first.message}" if place else first.message
+        super().__init__(message + (f" (and {count - 1} more)" if count > 1 else ""), param=first.field, index=first.index)
+        self.errors = tuple(errors)
+
+
+def problem_of(error: HeadraceError, *, request_id: str | None = None, instance: str | None = None) -> Problem:
+    """Return the problem that describes `error`."""
+    return Problem(
+        type=f"/docs#problem-{error.code}",
+        title=_title(error.code),
+        status=error.status,
+        detail=error.message,
+        instance=instance,
+        code=error.code,
+        param=error.param,
+        index=error.index,
+        errors=list(error.errors) if isinstance(error, InvalidBody) else None,
+        request_id=request_id,
+    )
+
+
+def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    """Render a problem. Nulls are left out, and a retry hint is added where a retry helps."""
+    hints = {"retry-after": str(RETRY_AFTER_S)} if problem.status in (503, 507) else {}
+    # OpenAI's client sends a 409 again unless it is told not to; here nothing but the caller can resolve one.
+    if problem.status == Conflict.status:
+        hints["x-should-retry"] = "false"
+    body = problem.model_dump_json(exclude_none=True)
+    return Response(body, status_code=problem.status, media_type=MEDIA_TYPE, headers={**hints, **(headers or {})})
+
+
+def field_errors(errors: Sequence[Mapping[str, Any]]) -> list[FieldError]:
+    """Translate pydantic's error list. An `InvalidRequest` raised by a dataclass names its own field."""
+    out = []
+    for error in errors[:MAX_ERRORS]:
+        loc = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
+        cause = (error.get("ctx") or {}).get("error")
+        message = str(error["msg"])
+        if isinstance(cause, InvalidRequest):
+            loc += [cause.param] if cause.param else []
+            message = cause.message
+        elif error["type"] == "extra_forbidden":
+            message = "there is no such field"
+        index = next((part for part in loc if isinstance(part, int)), None) if error["type"] != "json_invalid" else None
+        field = ".".join(str(part) for part in loc if isinstance(part, str)) or None
+        out.append(FieldError(index=index, field=field, message=message))
+    return out
+
+
+def invalid_body(error: ValidationError) -> InvalidBody:
+    """Return the exception that carries pydantic's findings about a body."""
+    # include_input=False: a 200 MB body must not be quoted, and a prompt doesn't belong into an error.
+    errors = error.errors(include_url=False, include_input=False)
+    return InvalidBody(field_errors(errors), total=len(errors))
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers on `app`."""
+    app.add_exception_handler(HeadraceError, _on_headrace_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+def _respond(request: Request, error: HeadraceError, headers: Mapping[str, str] | None = None) -> Response:
+    request_id = request.scope.get("headrace.request_id")
+    return problem_response(problem_of(error, request_id=request_id, instance=request.url.path), headers)
+
+
+async def _on_headrace_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HeadraceError)
+    headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
+    return _respond(request, error, headers)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    return _respond(request, InvalidBody(field_errors(found), total=len(found)))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Answer what the framework raises itself: no such path, no such method, a body of the wrong type."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return _respond(request, NotFound(f"There is nothing at {request.url.path}; /docs lists the operations"))
+    phrase = HTTPStatus(error.status_code).phrase
+    plain = error.detail == phrase
+    detail = f"{request.url.path} doesn't take {request.method}; the Allow header says what it takes" if plain else error.detail
+    problem = Problem(
+        type="about:blank",
+        title=phrase,
+        status=error.status_code,
+        detail=detail,
+        instance=request.url.path,
+        code=re.sub(r"\W+", "_", phrase.lower()),
+        request_id=request.scope.get("headrace.request_id"),
+    )
+    return problem_response(problem, error.headers)
+
+
+def _title(code: str) -> str:
+    return code.replace("_", " ").capitalize()

@@ -1,0 +1,94 @@
+"""What a request handler needs: the settings, the store and the broker, opened when first used.
+
+Nothing is opened at import or at start: a service that starts before its database answers 503 until it is there, and no
+handler knows SQL or Celery.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from fastapi import Depends, Request
+
+from headrace.broker import Broker, dispatch, make_celery
+from headrace.errors import HeadraceError
+from headrace.settings import Settings
+
+if TYPE_CHECKING:
+    from headrace.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Services:
+    """One for each application; shared by all request threads."""
+
+    def __init__(self, settings: Settings, *, store: Store | None = None, broker: Broker | None = None) -> None:
+        """`store` and `broker` given here stay the caller's to close; others are opened from `settings` and closed here."""
+        self.settings = settings
+        self.started_at = int(time.time())
+        self._lock = threading.Lock()
+        self._store = store
+        self._broker = broker
+        self._owns_store = store is None
+        self._owns_broker = broker is None
+
+    @property
+    def store(self) -> Store:
+        """The store; the first use opens it. Raises `StoreUnavailable`; the next use tries again."""
+        with self._lock:
+            if self._store is None:
+                from headrace.store import open_store
+
+                self._store = open_store(self.settings.database_url)
+            return self._store
+
+    @property
+    def broker(self) -> Broker:
+        """The way into Redis; nothing is connected before something is sent."""
+        with self._lock:
+            if self._broker is None:
+                self._broker = Broker(make_celery(self.settings))
+            return self._broker
+
+    def send_chunks(self, *, model: str) -> Literal["sent", "unavailable"]:
+        """Send what fits into the model's window. Never raises: the batch is committed, and the reconciler sends what isn't sent here."""
+        try:
+            sent = dispatch(self.store, self.broker, self.settings, model)
+        except HeadraceError as error:
+            log.warning(
+                "chunks of %s were not sent (%s); they are in SQL and the reconciler sends them when Redis is back",
+                model,
+                error.message,
+                extra={"event": "dispatch_postponed", "model": model, "code": error.code},
+            )
+            return "unavailable"
+        except Exception:
+            # A 500 here would make the client send a batch again that is already stored.
+            log.exception(
+                "chunks of %s were not sent; the reconciler sends them",
+                model,
+                extra={"event": "dispatch_failed", "model": model},
+            )
+            return "unavailable"
+        log.debug("sent %d chunks", sent, extra={"event": "chunks_sent", "model": model, "chunks": sent})
+        return "sent"
+
+    def close(self) -> None:
+        """Close what was opened here."""
+        if self._owns_broker and self._broker is not None:
+            self._broker.close()
+        if self._owns_store and self._store is not None:
+            self._store.close()
+
+
+async def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+"""Parameter type of a handler that needs the services."""
