@@ -74,13 +74,19 @@ def choose_num_blocks(options: EngineOptions, *, one_block: int, free: int) -> i
 
 
 def allocate(
-    spec: ModelSpec, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec,
+    *,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_layers: int | None = None,
 ) -> tuple[LayerCache, ...]:
-    """Allocate every layer's keys and values. Zeros: an unwritten NaN would survive a multiplication by a masked weight of 0."""
+    """Allocate keys and values of every layer, or of `num_layers`. Zeros: an unwritten NaN would survive a multiplication by a masked weight of 0."""
     shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
     return tuple(
         LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(spec.num_layers)
+        for _ in range(num_layers or spec.num_layers)
     )
 
 

@@ -67,6 +67,14 @@ class Decoder:
     head: Head
     cos_sin_MH: Tensor
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of this rank's weights; tied ones count once."""
+        tensors = [self.embedding.weight_VD, self.head.weight_OD, self.norm_D, self.cos_sin_MH]
+        for layer in self.layers:
+            tensors += [layer.qkv.weight_OI, layer.output.weight_OI, layer.gate_up.weight_OI, layer.down.weight_OI]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
     def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Run the blocks, write the step's keys and values, and give float32 logits [R, V] of the sampled tokens."""
         eps = self.spec.norm_eps

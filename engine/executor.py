@@ -1,0 +1,180 @@
+"""Executors: one rank alone, or rank 0 of a tensor-parallel group with the loop that the other ranks run.
+
+Makes a rank out of options: device, weights, KV pool, runner. Knows nothing of scheduling; `engine.engine` sees only
+`engine.plan.Executor`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from engine import kv_cache
+from engine.kv_cache import MemoryReport
+from engine.models.decoder import Decoder
+from engine.models.loading import load_decoder
+from engine.options import EngineOptions
+from engine.parallel import DistributedGroup, ParallelGroup, PlanReceiver, PlanSender, Rendezvous, SingleRank, join_store
+from engine.plan import RunningStep, StepPlan
+from engine.profile import activation_bytes
+from engine.runner import Runner
+from engine.sampler import Sampler
+from engine.state_table import StateTable
+
+log = logging.getLogger(__name__)
+
+
+class _Rank(NamedTuple):
+    """One rank, ready to run plans."""
+
+    runner: Runner
+    memory: MemoryReport
+
+
+def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.device) -> _Rank:
+    """Load this rank's weights, settle the size of the KV pool with the other ranks, and put the runner together."""
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    with torch.inference_mode():
+        decoder = load_decoder(
+            Path(options.model_path), dtype=dtype, device=device, group=group, max_positions=options.session_len + 1
+        )
+        memory = _measure(options, decoder, group, dtype=dtype, device=device)
+        caches = kv_cache.allocate(
+            decoder.spec, num_blocks=memory.num_blocks, block_size=options.block_size, dtype=dtype, device=device
+        )
+    slots = options.max_batch_size
+    runner = Runner(
+        forward=decoder.forward,
+        caches=caches,
+        table=StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device),
+        sampler=Sampler(num_slots=slots, vocab_size=decoder.spec.vocab_size, device=device),
+    )
+    log.info(
+        "model loaded; the engine takes requests now",
+        extra={"event": "model_loaded", "rank": group.rank, "tp": group.size, **kv_cache.report(memory)},
+    )
+    return _Rank(runner, memory)
+
+
+def _measure(
+    options: EngineOptions, decoder: Decoder, group: ParallelGroup, *, dtype: torch.dtype, device: torch.device
+) -> MemoryReport:
+    one_block = kv_cache.block_bytes(decoder.spec, block_size=options.block_size, dtype=dtype)
+    activations = activation_bytes(decoder, options) if device.type == "cuda" else 0
+    free = max(0, kv_cache.free_memory(device) - activations)
+    if device.type == "cpu":
+        free //= group.size  # the ranks share the host's memory
+    # Every rank must hold the same number of blocks: the plan of one scheduler names blocks for all of them.
+    num_blocks = group.smallest(kv_cache.choose_num_blocks(options, one_block=one_block, free=free))
+    return MemoryReport(
+        weights=decoder.weight_bytes,
+        activations=activations,
+        kv_pool=num_blocks * one_block,
+        kv_block=one_block,
+        num_blocks=num_blocks,
+        free_before_pool=free,
+    )
+
+
+def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make `device` the current one: Triton launches on the current device, whatever its tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _device_of(options: EngineOptions, rank: int) -> torch.device:
+    return torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
+
+
+class LocalExecutor:
+    """The whole model on one device, in this process."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Load the model and allocate the KV pool. Raise `ModelLoadError`, `InvalidRequest` or `KVCapacity`."""
+        self._device = _device_of(options, 0)
+        with _device_guard(self._device):
+            self._rank: _Rank | None = _make_rank(options, SingleRank(), self._device)
+        self._memory = self._rank.memory
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks in the pool."""
+        return self._memory.num_blocks
+
+    def launch(self, plan: StepPlan) -> RunningStep:
+        """Start a step; on a CPU it is done on return."""
+        assert self._rank is not None, "the executor is closed"
+        with _device_guard(self._device):
+            return self._rank.runner.launch(plan)
+
+    def report(self) -> dict[str, Any]:
+        """Say where the memory goes, in bytes."""
+        return kv_cache.report(self._memory)
+
+    def close(self) -> None:
+        """Free the weights and the KV pool."""
+        self._rank = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class TensorParallelExecutor:
+    """Rank 0 of a tensor-parallel group: runs its share and sends every plan to the other ranks first."""
+
+    def __init__(self, options: EngineOptions, rendezvous: Rendezvous) -> None:
+        """Meet the other ranks (`serve_rank` at `rendezvous.address`), then load as `LocalExecutor` does."""
+        self._device = _device_of(options, 0)
+        with _device_guard(self._device):
+            self._sender = PlanSender(rendezvous.store, size=options.tp)
+            self._group = DistributedGroup(rendezvous.store, rank=0, size=options.tp, device=self._device)
+            self._rank: _Rank | None = _make_rank(options, self._group, self._device)
+        self._memory = self._rank.memory
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks in the pool of every rank."""
+        return self._memory.num_blocks
+
+    def launch(self, plan: StepPlan) -> RunningStep:
+        """Start a step on every rank. Raise `RankLost` where one is gone."""
+        assert self._rank is not None, "the executor is closed"
+        self._sender.send(plan.to_json())
+        with _device_guard(self._device):
+            return self._rank.runner.launch(plan)
+
+    def report(self) -> dict[str, Any]:
+        """Say where rank 0's memory goes, in bytes; the other ranks' goes the same way."""
+        return kv_cache.report(self._memory)
+
+    def close(self) -> None:
+        """End the other ranks and free this one's memory."""
+        self._sender.close()
+        self._group.close()
+        self._rank = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def make_executor(options: EngineOptions, rendezvous: Rendezvous | None = None) -> LocalExecutor | TensorParallelExecutor:
+    """Make the executor that `options.tp` asks for; more than one rank needs the rendezvous they were given."""
+    if options.tp == 1:
+        return LocalExecutor(options)
+    assert rendezvous is not None, "tensor parallelism needs a rendezvous"
+    return TensorParallelExecutor(options, rendezvous)
+
+
+def serve_rank(options: EngineOptions, rank: int, size: int, rendezvous: str) -> None:
+    """Be rank `rank` of `size`: load its share and run the plans that rank 0 sends, until it closes the channel or dies."""
+    device = _device_of(options, rank)
+    with _device_guard(device):
+        store = join_store(rendezvous)
+        receiver = PlanReceiver(store)
+        group = DistributedGroup(store, rank=rank, size=size, device=device)
+        runner = _make_rank(options, group, device).runner
+        while (frame := receiver.receive()) is not None:
+            runner.launch(StepPlan.from_json(frame))
+        receiver.close()
+        group.close()

@@ -1,0 +1,154 @@
+"""The state table of one rank: for each running request a slot with its token ids and its block table, on the device.
+
+A plan names slots and ranges of positions; from those few numbers the step's inputs are made on the device, so that a plan
+can follow another whose sampled tokens no host has read. Knows nothing of sampling or of models.
+
+S slots, L positions, P blocks of a sequence, R rows of the step, Q rows that sample, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.models.decoder import StepInputs
+from engine.plan import Admission, PlanRow, StepPlan
+from kernels.attention import AttentionMetadata
+
+Ints = npt.NDArray[np.int64]
+
+
+class SampledRow(NamedTuple):
+    """One row that samples, as the host knows it."""
+
+    slot: int
+    length: int
+    """Tokens before the one that is chosen; it is stored at this position."""
+    output_index: int
+
+
+class SampledRows(NamedTuple):
+    """The rows of a step that sample, on the host and on the device, in the plan's order."""
+
+    host: tuple[SampledRow, ...]
+    slots_Q: Tensor
+    """int64, as the next two."""
+    lengths_Q: Tensor
+    output_indices_Q: Tensor
+
+
+def upload(values: Ints, device: torch.device) -> Tensor:
+    """Copy int64 values to the device without waiting for it."""
+    host = torch.from_numpy(values)
+    # From pageable memory the copy would wait for all the work that the device still has; the pinned block goes back to
+    # torch's pool only when the copy is done.
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+class StateTable:
+    """Token ids and block tables of `num_slots` requests."""
+
+    def __init__(self, *, num_slots: int, session_len: int, block_size: int, device: torch.device) -> None:
+        """Allocate the table. A row has one position more than a session: a step launched blind may sample past its end."""
+        self._width = session_len + 1
+        self._blocks = -(-session_len // block_size)
+        self._block_size = block_size
+        self._device = device
+        self.token_ids_SL = torch.zeros((num_slots, self._width), dtype=torch.int32, device=device)
+        self._block_tables_SP = torch.zeros((num_slots, self._blocks), dtype=torch.int32, device=device)
+        # How many blocks each slot's table has.
+        self._num_blocks = [0] * num_slots
+
+    def admit(self, admitted: Sequence[Admission]) -> None:
+        """Fill slots anew: token ids and the blocks to start with."""
+        if not admitted:
+            return
+        ids = [np.array(one.token_ids, dtype=np.int64) for one in admitted]
+        places = [np.arange(len(one.token_ids)) + one.slot * self._width for one in admitted]
+        self._scatter(self.token_ids_SL, np.concatenate(places), np.concatenate(ids))
+        for one in admitted:
+            self._num_blocks[one.slot] = 0
+        self._append_blocks([(one.slot, one.blocks) for one in admitted])
+
+    def inputs(self, plan: StepPlan) -> tuple[StepInputs, SampledRows]:
+        """Append the plan's new blocks and lay out its rows (at least one) for the model."""
+        self._append_blocks([(row.slot, row.new_blocks) for row in plan.rows if row.new_blocks])
+        rows, num_rows = plan.rows, len(plan.rows)
+        columns = np.array([(row.slot, row.start, row.count) for row in rows], dtype=np.int64)
+        slots, starts, counts = columns.T
+        ends = np.cumsum(counts)
+        sampled = tuple((row, int(end) - 1) for row, end in zip(rows, ends.tolist(), strict=True) if row.samples)
+        host = tuple(SampledRow(row.slot, row.start + row.count, row.output_index) for row, _ in sampled)
+        picked = np.array(
+            [(one.slot, one.length, one.output_index, last) for one, (_, last) in zip(host, sampled, strict=True)],
+            dtype=np.int64,
+        )
+        packed = upload(
+            np.concatenate([slots, starts, counts, starts + counts, [0], ends, picked.reshape(-1, 4).T.ravel()]), self._device
+        )
+        sizes = [num_rows] * 4 + [num_rows + 1] + [len(host)] * 4
+        slots_R, starts_R, counts_R, contexts_R, query_start_R1, slots_Q, lengths_Q, indices_Q, last_Q = packed.split(sizes)
+        contexts = tuple((starts + counts).tolist())
+        longest = max(contexts)
+        attention = AttentionMetadata(
+            block_tables_RP=self._block_tables_SP.index_select(0, slots_R)[:, : -(-longest // self._block_size)].contiguous(),
+            query_start_R1=query_start_R1.to(torch.int32),
+            context_lens_R=contexts_R.to(torch.int32),
+            num_single=_count_single(rows),
+            max_query_len=int(counts.max()),
+            max_context_len=longest,
+            query_lens=tuple(counts.tolist()),
+            host_context_lens=contexts,
+        )
+        num_tokens = int(ends[-1])
+        if num_tokens == num_rows:
+            slot_T, positions_T = slots_R, starts_R
+        else:
+            row_T = torch.repeat_interleave(torch.arange(num_rows, device=self._device), counts_R, output_size=num_tokens)
+            slot_T = slots_R[row_T]
+            positions_T = torch.arange(num_tokens, device=self._device) - query_start_R1[row_T] + starts_R[row_T]
+        inputs = StepInputs(
+            tokens_T=self.token_ids_SL.view(-1).index_select(0, slot_T * self._width + positions_T),
+            positions_T=positions_T,
+            slots_T=self._cache_slots(slot_T, positions_T),
+            attention=attention,
+            sampled_R=None if len(host) == num_tokens else last_Q,
+        )
+        return inputs, SampledRows(host, slots_Q, lengths_Q, indices_Q)
+
+    def store(self, rows: SampledRows, tokens_Q: Tensor) -> None:
+        """Write the sampled tokens behind their rows' last ones: the next plan computes them from here."""
+        self.token_ids_SL.view(-1).index_copy_(0, rows.slots_Q * self._width + rows.lengths_Q, tokens_Q.to(torch.int32))
+
+    def _cache_slots(self, slot_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Where each token's key and value lie in the pool."""
+        page_T = torch.div(positions_T, self._block_size, rounding_mode="floor")
+        block_T = self._block_tables_SP.view(-1).index_select(0, slot_T * self._blocks + page_T).to(torch.int64)
+        return block_T * self._block_size + positions_T - page_T * self._block_size
+
+    def _append_blocks(self, appended: Sequence[tuple[int, Sequence[int]]]) -> None:
+        places: list[range] = []
+        for slot, blocks in appended:
+            first = slot * self._blocks + self._num_blocks[slot]
+            places.append(range(first, first + len(blocks)))
+            self._num_blocks[slot] += len(blocks)
+            assert self._num_blocks[slot] <= self._blocks, "a plan gives a slot more blocks than a session has"
+        if any(places):
+            indices = np.fromiter(chain.from_iterable(places), dtype=np.int64)
+            values = np.fromiter(chain.from_iterable(blocks for _, blocks in appended), dtype=np.int64)
+            self._scatter(self._block_tables_SP, indices, values)
+
+    def _scatter(self, table: Tensor, indices: Ints, values: Ints) -> None:
+        places, contents = upload(np.concatenate([indices, values]), self._device).view(2, -1)
+        table.view(-1).index_copy_(0, places, contents.to(torch.int32))
+
+
+def _count_single(rows: Sequence[PlanRow]) -> int:
+    """Count the leading rows of one token."""
+    return next((number for number, row in enumerate(rows) if row.count != 1), len(rows))
