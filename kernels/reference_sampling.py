@@ -83,7 +83,10 @@ def _draw_filtered(x_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tens
     values_RC, ids_RC = torch.topk(x_RV, width, dim=-1)
     mass_R = None if all_limited else torch.exp(x_RV - values_RC[:, :1]).sum(-1)
     threshold_R = _threshold(values_RC, mass_R, top_k_R, top_p_R, min_p_R)
-    enough_R = (values_RC[:, -1] < threshold_R) | (width == vocab)
+    # Ties with the k-th value may go on past the candidates, and would count in the mass that top-p is a share of.
+    kth_R = values_RC.gather(1, (top_k_R.clamp(1, width) - 1)[:, None]).squeeze(1)
+    decided_R = torch.where(top_k_R > 0, kth_R, threshold_R)
+    enough_R = (values_RC[:, -1] < decided_R) | (width == vocab)
     # In vocabulary order, as the draw is defined.
     ids_RC, order_RC = ids_RC.sort(dim=-1)
     kept_RC = values_RC.gather(1, order_RC)

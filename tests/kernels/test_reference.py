@@ -1,0 +1,108 @@
+"""The plain PyTorch ops against float64 mathematics written another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import relative_error
+
+import kernels
+from kernels.blocks import copy_blocks
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rotary import rotary_kv_write
+from kernels.silu_mul import silu_mul
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(TOLERANCE)
+
+
+def norm64(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 1), (63, 100), (7, 576)])
+def test_rms_norm(tokens: int, dim: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(tokens, dim, dtype=dtype) * 3, torch.randn(dim, dtype=dtype)
+    out = rms_norm(x, weight, 1e-5)
+    assert out.dtype == dtype
+    assert relative_error(out, norm64(x, weight, 1e-5)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_norms_the_rounded_sum(dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(63, 100, dtype=dtype), torch.randn(63, 100, dtype=dtype), torch.randn(100, dtype=dtype)
+    out, total = add_rms_norm(x, residual.clone(), weight, 1e-6)
+    assert torch.equal(total, (x.double() + residual.double()).to(dtype))
+    assert relative_error(out, norm64(total, weight, 1e-6)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 1), (63, 100), (5, 1536)])
+def test_silu_mul(tokens: int, dim: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, 2 * dim, dtype=dtype) * 4
+    before = x.clone()
+    gate, up = x.double().split(dim, dim=1)
+    assert relative_error(silu_mul(x), gate / (1 + (-gate).exp()) * up) < TOLERANCE[dtype]
+    assert torch.equal(x, before)
+
+
+def rotated64(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Pairs (i, i + half) turned as complex numbers; dims past the angles untouched."""
+    half = angles.shape[1]
+    x = x.double()
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "dim", "rotary"), [(1, 1, 1, 64, 64), (63, 6, 2, 96, 96), (9, 3, 3, 128, 32)]
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_rotary_kv_write(tokens: int, heads: int, kv_heads: int, dim: int, rotary: int, norm: bool, dtype: torch.dtype) -> None:
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    angles = torch.rand(200, rotary // 2, dtype=torch.float64) * 6
+    positions = torch.randint(0, 200, (tokens,))
+    blocks, size = tokens // 8 + 2, 8
+    slots = torch.randperm(blocks * size)[:tokens]
+    if tokens > 2:
+        slots[1] = -1
+    k_cache, v_cache = torch.full((2, blocks, kv_heads, size, dim), torch.nan, dtype=dtype)
+    q_weight, k_weight = (torch.randn(dim, dtype=dtype), torch.randn(dim, dtype=dtype)) if norm else (None, None)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], 1).float()
+    before = qkv.clone()
+    out = rotary_kv_write(q, k, v, cos_sin, positions, slots, k_cache, v_cache, q_weight, k_weight, 1e-6)
+
+    q64, k64 = (norm64(q, q_weight, 1e-6), norm64(k, k_weight, 1e-6)) if norm else (q, k)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    assert relative_error(out, rotated64(q64, angles[positions])) < TOLERANCE[dtype]
+    assert torch.equal(qkv, before)
+    written = slots >= 0
+    flat_k, flat_v = (cache.transpose(1, 2).flatten(0, 1) for cache in (k_cache, v_cache))
+    assert relative_error(flat_k[slots[written]], rotated64(k64, angles[positions])[written]) < TOLERANCE[dtype]
+    assert torch.equal(flat_v[slots[written]], v[written])
+    untouched = torch.ones(blocks * size, dtype=torch.bool)
+    untouched[slots[written]] = False
+    assert flat_k[untouched].isnan().all()
+    assert flat_v[untouched].isnan().all()
+
+
+def test_copy_blocks() -> None:
+    caches = [torch.randn(9, 2, 4, 8), torch.randn(9, 3)]
+    before = [cache.clone() for cache in caches]
+    copy_blocks(caches, [(1, 5), (1, 6), (8, 0)])
+    for cache, old in zip(caches, before, strict=True):
+        assert torch.equal(cache, old[[8, 1, 2, 3, 4, 1, 1, 7, 8]])
+    copy_blocks(caches, [])
+    copy_blocks([], [(1, 2)])
+
+
+def test_transformers_does_not_take_this_package_for_its_own() -> None:
+    from transformers.utils import is_kernels_available
+
+    assert not is_kernels_available()
+    assert not hasattr(kernels, "__version__")
