@@ -22,7 +22,7 @@ from celery import Celery
 from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as BrokerError
 
-from headrace.errors import QueueUnavailable
+from headrace.errors import NotFound, QueueUnavailable
 
 if TYPE_CHECKING:
     from headrace.settings import Settings
@@ -136,7 +136,7 @@ class Broker:
     def count_waiting(self, model: str) -> int:
         """Return how many messages wait in the model's queue (not those that a worker holds)."""
         try:
-            return int(self._redis.llen(KEY_PREFIX + queue_name(model)))  # type: ignore[arg-type]  # sync client
+            return int(self._redis.llen(KEY_PREFIX + queue_name(model)))
         except _OUTAGE as error:
             raise QueueUnavailable(f"{QueueUnavailable.__doc__} ({error})") from error
 
@@ -171,6 +171,8 @@ def dispatch(store: Store, broker: Broker, settings: Settings, model: str) -> in
         for place, ref in enumerate(refs):
             try:
                 broker.enqueue(store.chunk_message(ref))
+            except NotFound:  # its batch was deleted meanwhile
+                continue
             except QueueUnavailable:
                 store.unsend(refs[place:])
                 raise

@@ -112,6 +112,7 @@ def bring_up(settings: Settings, app: Celery, *, name: str) -> Runtime:
     except BaseException:
         host.close()
         raise
+    runtime.refill()
     log.info("%s is up", runtime.worker_id, extra={"event": "worker_started", "model": settings.model})
     return runtime
 

@@ -41,7 +41,7 @@ class Chore:
     """Calls something at an interval from a thread of its own. An error is logged and the next call comes all the same."""
 
     def __init__(self, name: str, call: Callable[[], None], *, every_s: float) -> None:
-        """Prepare; `start` starts it with a first call at once."""
+        """Prepare; after `start`, the first call comes `every_s` seconds later."""
         self._name = name
         self._call = call
         self._every_s = every_s
@@ -59,17 +59,15 @@ class Chore:
             self._thread.join(CLOSE_PATIENCE_S)
 
     def _run(self) -> None:
-        while True:
+        while not self._stop.wait(self._every_s):
             try:
                 self._call()
-            except (*HEALS, QueueUnavailable) as error:
+            except HEALS as error:
                 log.warning("%s: %s It is done again in %.0f s.", self._name, error.message, self._every_s,
                             extra={"event": "chore_postponed", "chore": self._name, "code": error.code})  # fmt: skip
             except Exception:
                 log.exception("%s failed; it is done again in %.0f s", self._name, self._every_s,
                               extra={"event": "chore_failed", "chore": self._name})  # fmt: skip
-            if self._stop.wait(self._every_s):
-                return
 
 
 class Runtime:
@@ -99,7 +97,7 @@ class Runtime:
 
     def start(self) -> None:
         """Register this worker and start the threads."""
-        self.store.register_worker(self.worker_id, host=socket.gethostname(), model=self.settings.model, stats=self.stats())
+        self._register()
         self.recorder.start()
         for chore in self._chores:
             chore.start()
@@ -119,9 +117,7 @@ class Runtime:
 
     def keep_leases(self) -> None:
         """Renew the leases of the chunks in flight, unless the engine stands still: then another worker shall have them."""
-        trouble = self.host.trouble()
-        if trouble is not None:
-            self.give_up(trouble)
+        if self.engine_is_lost():
             return
         open_ledgers = {ledger.claim: ledger for ledger in self.recorder.ledgers() if ledger.verdict is None}
         held = self.store.renew(list(open_ledgers), self.settings.lease_s) if open_ledgers else set()
@@ -129,10 +125,14 @@ class Runtime:
             if claim not in held:
                 ledger.settle(Verdict.FENCED)
 
-    def give_up(self, trouble: str) -> None:
-        """End the work because of the engine: chunks are handed back, and the process is asked to end."""
-        if self.draining.is_set():
-            return
+    def engine_is_lost(self) -> bool:
+        """Look after the engine. One that answers no more ends the work: chunks are handed back, the process is asked to end."""
+        trouble = self.host.trouble()
+        if trouble is not None and not self.draining.is_set():
+            self._give_up(trouble)
+        return trouble is not None
+
+    def _give_up(self, trouble: str) -> None:
         self.draining.set()
         log.critical(
             "%s; this worker hands its chunks back and ends, so that whoever supervises it starts it anew", trouble,
@@ -156,20 +156,27 @@ class Runtime:
 
     def beat(self) -> None:
         """Tell the store that this worker lives."""
-        self.store.heartbeat(self.worker_id, stats=self.stats())
+        if not self.store.heartbeat(self.worker_id, self.stats()):
+            self._register()
+
+    def _register(self) -> None:
+        self.store.register_worker(self.worker_id, host=socket.gethostname(), model=self.settings.model, stats=self.stats())
 
     def reconcile(self) -> None:
         """Compare SQL with what is in flight, and send what is missing. Two of these at once do no harm."""
         self.store.expire_batches()
-        if not self.draining.is_set():
-            self.refill()
+        self.refill()
 
     def refill(self) -> None:
-        """Fill the window of this worker's model, unless another thread is at it."""
-        if not self._refilling.acquire(blocking=False):
+        """Send the next chunks of this worker's model, unless another thread is at it. Never raises for an outage."""
+        if self.draining.is_set() or not self._refilling.acquire(blocking=False):
             return
         try:
             sent = dispatch(self.store, self.broker, self.settings, self.settings.model)
+        except (*HEALS, QueueUnavailable) as error:
+            log.warning("the next chunks are sent later, by the reconciler: %s", error.message,
+                        extra={"event": "chunks_wait", "code": error.code})  # fmt: skip
+            return
         finally:
             self._refilling.release()
         if sent:
@@ -202,7 +209,7 @@ class Runtime:
         self.recorder.close(timeout_s=CLOSE_PATIENCE_S)
         self.host.close()
         try:
-            self.store.forget_worker(self.worker_id)
+            self.store.remove_worker(self.worker_id)
         except HeadraceError as error:
             log.warning("%s could not sign off: %s", self.worker_id, error.message, extra={"event": "worker_lost_touch"})
         self.broker.close()

@@ -15,7 +15,6 @@ from celery.exceptions import Reject
 
 from headrace.broker import TASK_GENERATE, TASK_RECONCILE
 from headrace.config import Prompt
-from headrace.errors import QueueUnavailable
 from headrace.store import ChunkMessage, Claim
 from worker.outage import HEALS, ride_out
 from worker.recorder import Ledger, Verdict
@@ -65,7 +64,7 @@ def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:
             with work.host.submit(prompts, message.gen_config, ledger, batch_id=claim.batch_id):
                 verdict = _follow(ledger, report)
             _close(work, ledger, verdict)
-    _send_next(work)
+    work.refill()
     return " · ".join(part for part in (progress_line(ledger), _ENDINGS[verdict]) if part)
 
 
@@ -114,17 +113,10 @@ def _close(work: Runtime, ledger: Ledger, verdict: Verdict) -> None:
                 extra={"event": "chunk_left", "chunk_id": claim.chunk_id},
             )  # fmt: skip
             return
+        if verdict is Verdict.ENGINE_LOST:
+            # Now, not at the next look: this worker would take the chunk again and lose it again.
+            work.engine_is_lost()
         work.store.release_chunk(claim)
-
-
-def _send_next(work: Runtime) -> None:
-    """Send the next chunks. The reconciler does it a moment later where this fails, and the chunk just done is done."""
-    if work.draining.is_set():
-        return
-    try:
-        work.refill()
-    except (*HEALS, QueueUnavailable) as error:
-        log.info("the next chunks are sent later: %s", error.message, extra={"event": "chunks_wait", "code": error.code})
 
 
 def progress_line(ledger: Ledger) -> str:
