@@ -18,7 +18,16 @@ from engine.kv_cache import MemoryReport
 from engine.models.decoder import Decoder
 from engine.models.loading import load_decoder
 from engine.options import EngineOptions
-from engine.parallel import DistributedGroup, ParallelGroup, PlanReceiver, PlanSender, Rendezvous, SingleRank, join_store
+from engine.parallel import (
+    DistributedGroup,
+    ParallelGroup,
+    PlanReceiver,
+    PlanSender,
+    Rendezvous,
+    SingleRank,
+    join_store,
+    lost_rank,
+)
 from engine.plan import RunningStep, StepPlan
 from engine.profile import activation_bytes
 from engine.runner import Runner
@@ -127,10 +136,14 @@ class TensorParallelExecutor:
     def __init__(self, options: EngineOptions, rendezvous: Rendezvous) -> None:
         """Meet the other ranks (`serve_rank` at `rendezvous.address`), then load as `LocalExecutor` does."""
         self._device = _device_of(options, 0)
-        with _device_guard(self._device):
+        self._rank: _Rank | None = None
+        with _device_guard(self._device), contextlib.ExitStack() as undo:
             self._sender = PlanSender(rendezvous.store, size=options.tp)
+            undo.callback(self._sender.close)
             self._group = DistributedGroup(rendezvous.store, rank=0, size=options.tp, device=self._device)
-            self._rank: _Rank | None = _make_rank(options, self._group, self._device)
+            undo.callback(self._group.close)
+            self._rank = _make_rank(options, self._group, self._device)
+            undo.pop_all()  # nothing failed: the channel and the group stay
         self._memory = self._rank.memory
 
     @property
@@ -142,8 +155,14 @@ class TensorParallelExecutor:
         """Start a step on every rank. Raise `RankLost` where one is gone."""
         assert self._rank is not None, "the executor is closed"
         self._sender.send(plan.to_json())
-        with _device_guard(self._device):
-            return self._rank.runner.launch(plan)
+        try:
+            with _device_guard(self._device):
+                return self._rank.runner.launch(plan)
+        except RuntimeError as error:
+            # gloo says it with a RuntimeError of its own, before the closed socket is noticed by a write.
+            if self._sender.is_broken:
+                raise lost_rank(error) from error
+            raise
 
     def report(self) -> dict[str, Any]:
         """Say where rank 0's memory goes, in bytes; the other ranks' goes the same way."""

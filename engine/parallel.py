@@ -112,7 +112,7 @@ class DistributedGroup:
     def all_gather_columns(self, x_RC: Tensor) -> Tensor:
         """Put the ranks' columns side by side."""
         parts_GRC = torch.empty((self.size, *x_RC.shape), dtype=x_RC.dtype, device=x_RC.device)
-        dist.all_gather_into_tensor(parts_GRC.flatten(0, 1), x_RC.contiguous())
+        dist.all_gather(list(parts_GRC.unbind(0)), x_RC.contiguous())
         return parts_GRC.transpose(0, 1).reshape(x_RC.shape[0], -1)
 
     def smallest(self, value: int) -> int:
@@ -126,6 +126,11 @@ class DistributedGroup:
         if self._open:
             self._open = False
             dist.destroy_process_group()
+
+
+def lost_rank(error: Exception) -> RankLost:
+    """Make the error for a rank that is gone, noticed by `error`."""
+    return RankLost(f"a tensor-parallel rank is gone ({error}); the engine has to be started again")
 
 
 class PlanSender:
@@ -148,7 +153,12 @@ class PlanSender:
             for peer in self._peers:
                 peer.sendall(_LENGTH.pack(len(frame)) + frame)
         except OSError as error:
-            raise RankLost(f"a tensor-parallel rank is gone ({error}); the engine has to be started again") from None
+            raise lost_rank(error) from None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether a rank has closed its end, which a living one never does."""
+        return any(_is_closed(peer) for peer in self._peers)
 
     def close(self) -> None:
         """Close the channel, at which the other ranks end. May be called twice."""
@@ -156,6 +166,15 @@ class PlanSender:
             with contextlib.suppress(OSError):
                 peer.close()
         self._peers.clear()
+
+
+def _is_closed(peer: socket.socket) -> bool:
+    try:
+        return peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 class PlanReceiver:

@@ -1,0 +1,106 @@
+"""Tensor parallelism with real processes over gloo: two or four ranks give what one gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from plan_driver import generate, options_for, request
+from tiny_models import save_tiny_model
+
+from engine.executor import LocalExecutor, make_executor
+from engine.options import EngineOptions
+from engine.parallel import Rendezvous
+from engine.plan import Admission, PlanRow, StepPlan
+from headrace.errors import RankLost
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [list(range(5, 75)), [9, 3, 4, 250, 7], [40] * 33]
+RANK = """
+import json, sys
+from engine.executor import serve_rank
+from engine.options import EngineOptions
+serve_rank(EngineOptions.from_dict(json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+"""
+
+
+@contextmanager
+def other_ranks(options: EngineOptions, rendezvous: Rendezvous) -> Iterator[list[subprocess.Popen[bytes]]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, json.dumps(options.to_dict()), str(rank), str(options.tp), rendezvous.address],
+            env=environment,
+        )
+        for rank in range(1, options.tp)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+
+
+@pytest.mark.enable_socket
+@pytest.mark.parametrize(("architecture", "tp"), [("qwen2", 2), ("llama", 2), ("qwen3", 4)])
+def test_ranks_together_give_the_tokens_of_one(tmp_path: Path, architecture: str, tp: int) -> None:
+    # 401 tokens: the vocabulary divides by neither 2 nor 4; 4 ranks share 2 KV heads.
+    path = save_tiny_model(tmp_path, architecture, vocab_size=401, tie_word_embeddings=architecture == "llama")
+    requests = [request(prompt) for prompt in PROMPTS]
+    requests[2] = request(PROMPTS[2], top_k=0, temperature=1.0, seed=5)
+    expected, _ = generate(LocalExecutor(options_for(path)), requests, steps=10, block_size=64)
+    options = options_for(path, tp=tp)
+    rendezvous = Rendezvous()
+    with other_ranks(options, rendezvous) as ranks:
+        executor = make_executor(options, rendezvous)
+        assert executor.num_blocks == 64
+        got, _ = generate(executor, requests, steps=10, block_size=64, chunk=16)
+        executor.close()
+        executor.close()
+        assert got == expected
+        assert [rank.wait(timeout=30) for rank in ranks] == [0] * (tp - 1)
+
+
+@pytest.mark.enable_socket
+def test_a_lost_rank_is_an_error_at_once(tmp_path: Path) -> None:
+    options = options_for(save_tiny_model(tmp_path), tp=2)
+    rendezvous = Rendezvous()
+    with other_ranks(options, rendezvous) as ranks:
+        executor = make_executor(options, rendezvous)
+        generate(executor, [request([5, 6, 7])], steps=2, block_size=64)
+        ranks[0].kill()
+        ranks[0].wait()
+        began = time.monotonic()
+        with pytest.raises(RankLost, match="start"):
+            executor.launch(StepPlan(step=9, admitted=(), rows=(PlanRow(0, 3, 1, True, 2, ()),)))
+        assert time.monotonic() - began < 5
+        executor.close()
+
+
+def test_a_plan_survives_json() -> None:
+    one = request(
+        [5, 6],
+        seed=2**64 - 1,
+        eos_ids=(2,),
+        stop_ids=(7,),
+        bad_sequences=((1, 2), (3,)),
+        temperature=0.5,
+        logit_bias={4: -1.5},
+        logprobs=3,
+    )
+    plan = StepPlan(
+        step=3,
+        admitted=(Admission(1, one, (5, 6), (9, 8)),),
+        rows=(PlanRow(1, 0, 2, True, 0, ()), PlanRow(0, 4, 1, False, 3, (5,))),
+    )
+    assert StepPlan.from_json(plan.to_json()) == plan
+    assert StepPlan.from_json(StepPlan(step=0, admitted=(), rows=()).to_json()) == StepPlan(step=0, admitted=(), rows=())
