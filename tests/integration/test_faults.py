@@ -1,0 +1,174 @@
+"""Whatever dies, every prompt has exactly one answer. Real processes; the engine is an echo, so that minutes become seconds."""
+
+from __future__ import annotations
+
+import pytest
+from servers import RedisServer
+from worker_process import wait_for
+
+from headrace.batch import BatchStatus
+from headrace.broker import KEY_PREFIX, dispatch
+
+SLOW = {"ECHO_PAUSE_S": "0.3"}
+
+
+def texts(total: int) -> list[str]:
+    return [f"prompt {index} " + "word " * (index % 7) for index in range(total)]
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_done_twice(echo_service, database_url: str) -> None:
+    service = echo_service(database_url)
+    prompts = texts(600)
+    with service.worker(environ=SLOW) as first:
+        service.ready(first)
+        batch_id = service.submit(prompts)
+        wait_for(lambda: service.done(batch_id) >= 100, timeout_s=30, what="a sixth is done", process=first)
+        first.kill9()
+    before = {row.index: row for row in service.store.stream_results(batch_id)}
+    assert 100 <= len(before) < 600
+    with service.worker(environ=SLOW) as second:
+        batch = service.wait_over(batch_id, second)
+    assert batch.status is BatchStatus.COMPLETED
+    rows = service.assert_exactly_once(batch_id, 600)
+    assert [row.choices[0].text for row in rows] == [f"echo {text}" for text in prompts]
+    assert all(rows[index] == row for index, row in before.items()), "a recorded answer is never written again"
+
+
+def test_a_flushed_redis_heals(echo_service, sqlite_url: str, redis_server: RedisServer) -> None:
+    service = echo_service(sqlite_url)
+    with service.worker(environ=SLOW) as worker:
+        service.ready(worker)
+        batch_id = service.submit(texts(500))
+        wait_for(lambda: service.done(batch_id) >= 50, timeout_s=30, what="under way", process=worker)
+        redis_server.flush()
+        service.wait_over(batch_id, worker)
+    service.assert_exactly_once(batch_id, 500)
+
+
+def test_a_redis_that_is_restarted_or_killed_is_found_again(echo_service, sqlite_url: str, redis_server: RedisServer) -> None:
+    service = echo_service(sqlite_url)
+    with service.worker(environ=SLOW) as worker:
+        service.ready(worker)
+        batch_id = service.submit(texts(500))
+        wait_for(lambda: service.done(batch_id) >= 50, timeout_s=30, what="under way", process=worker)
+        redis_server.restart()
+        wait_for(lambda: service.done(batch_id) >= 200, timeout_s=40, what="it goes on", process=worker)
+        redis_server.kill9()
+        redis_server.start()
+        service.wait_over(batch_id, worker)
+    service.assert_exactly_once(batch_id, 500)
+
+
+def test_a_batch_that_was_committed_but_never_sent_is_found(echo_service, sqlite_url: str) -> None:
+    service = echo_service(sqlite_url)
+    with service.worker() as worker:
+        service.ready(worker)
+        batch_id = service.submit(texts(40), send=False)
+        service.wait_over(batch_id, worker, timeout_s=15)
+    service.assert_exactly_once(batch_id, 40)
+
+
+def test_five_copies_of_every_message_are_harmless(echo_service, database_url: str) -> None:
+    service = echo_service(database_url)
+    batch_id = service.submit(texts(200), send=False)
+    refs = service.store.next_chunks(model="echo", limit=100, grace_s=60)
+    for ref in [*refs, *reversed(refs), *refs, *refs, *reversed(refs)]:
+        service.broker.enqueue(service.store.chunk_message(ref))
+    assert service.broker.count_waiting("echo") == 5 * len(refs)
+    with service.worker(concurrency=8, environ={"ECHO_PAUSE_S": "0.05"}) as one, service.worker(concurrency=8) as two:
+        service.wait_over(batch_id, one)
+        wait_for(lambda: service.broker.count_waiting("echo") == 0, timeout_s=20, what="the copies are taken", process=two)
+    service.assert_exactly_once(batch_id, 200)
+
+
+def test_sigterm_lets_chunks_end_and_hands_back_the_rest(echo_service, sqlite_url: str) -> None:
+    service = echo_service(sqlite_url, drain_timeout_s=1.0)
+    prompts = texts(200)
+    with service.worker(concurrency=2, environ={"ECHO_PAUSE_S": "30"}) as stuck:
+        service.ready(stuck)
+        batch_id = service.submit(prompts)
+        wait_for(
+            lambda: service.store.count_in_flight(model="echo", grace_s=0) == 2, timeout_s=20, what="two chunks", process=stuck
+        )
+        stuck.terminate()
+        assert stuck.wait(15) == 0
+    assert service.store.count_in_flight(model="echo", grace_s=0) == 0, "handed back, not left to their leases"
+    assert service.store.list_workers() == []
+    with service.worker(environ={"ECHO_PAUSE_S": "0.5"}, drain_timeout_s=20.0) as brief:
+        service.ready(brief)
+        wait_for(
+            lambda: service.store.count_in_flight(model="echo", grace_s=0), timeout_s=20, what="chunks taken", process=brief
+        )
+        brief.terminate()
+        assert brief.wait(20) == 0
+    done = service.done(batch_id)
+    assert done > 0
+    assert done % 16 in (0, 200 % 16), "the chunks that ran were ended"
+    with service.worker() as last:
+        service.wait_over(batch_id, last)
+    service.assert_exactly_once(batch_id, 200)
+
+
+def test_a_cancelled_batch_stops_soon(echo_service, database_url: str) -> None:
+    service = echo_service(database_url)
+    with service.worker(environ={"ECHO_PAUSE_S": "60"}) as worker:
+        service.ready(worker)
+        batch_id = service.submit(texts(300))
+        wait_for(
+            lambda: service.store.count_in_flight(model="echo", grace_s=0), timeout_s=20, what="chunks taken", process=worker
+        )
+        service.store.cancel_batch(batch_id)
+        batch = service.wait_over(batch_id, worker, timeout_s=6)
+        assert batch.status is BatchStatus.CANCELLED
+        next_id = service.submit(["still alive"])
+        wait_for(
+            lambda: service.store.count_in_flight(model="echo", grace_s=0) == 1,
+            timeout_s=10,
+            what="it works on",
+            process=worker,
+        )
+    rows = service.assert_exactly_once(batch_id, 300)
+    assert {row.error.code for row in rows} == {"batch_cancelled"}
+    assert service.done(next_id) == 0
+
+
+def test_a_long_chunk_is_not_delivered_twice(echo_service, sqlite_url: str) -> None:
+    """Its work takes three visibility timeouts and three leases."""
+    service = echo_service(sqlite_url, visibility_timeout_s=2.0, lease_s=2.0, requeue_grace_s=1.0)
+    with service.worker(environ={"ECHO_PAUSE_S": "6"}) as worker:
+        service.ready(worker)
+        batch_id = service.submit(texts(16))
+        service.wait_over(batch_id, worker, timeout_s=30)
+        assert "nothing to do" not in worker.log_tail(), "no second delivery while the first was at work"
+        assert "Redelivered" not in worker.log_tail()
+    service.assert_exactly_once(batch_id, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": "no-such-model"}, "no-such-model is not there"),
+        ({"engine_frontend": "echo_frontend:Missing"}, "HEADRACE_ENGINE_FRONTEND"),
+        ({"engine_config": '{"tp": 0}'}, "HEADRACE_ENGINE_CONFIG"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why_and_exits_nonzero(echo_service, sqlite_url: str, changes: dict, says: str) -> None:
+    service = echo_service(sqlite_url)
+    with service.worker(**changes) as worker:
+        assert worker.wait(30) == 1
+        assert "this worker can't start" in worker.log_tail()
+        assert says in worker.log_tail()
+        assert "Traceback" not in worker.log_tail()
+
+
+def test_redis_holds_a_window_and_no_more(echo_service, sqlite_url: str) -> None:
+    import redis
+
+    service = echo_service(sqlite_url, dispatch_window=10, chunk_size=1)
+    service.submit(texts(100))
+    for _ in range(5):
+        dispatch(service.store, service.broker, service.settings, "echo")
+    assert service.broker.count_waiting("echo") == 10
+    client = redis.Redis.from_url(service.settings.redis_url)
+    assert all(key.startswith(KEY_PREFIX.encode()) for key in client.keys("*"))
+    client.close()
