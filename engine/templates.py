@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.template_families import FAMILIES, TemplateParts
 from engine.tokenizer import Tokenizer
@@ -24,10 +24,15 @@ _REMEDY = "pass chat_template_config=ChatTemplateConfig(model_name=…), or send
 class ChatTemplate(Protocol):
     """Renders one prompt."""
 
-    source: str
-    """For the report: where the template comes from."""
-    stop_words: tuple[str, ...]
-    """What ends an answer, besides the model's end-of-sequence tokens."""
+    @property
+    def source(self) -> str:
+        """Where the template comes from, for the report."""
+        ...
+
+    @property
+    def stop_words(self) -> tuple[str, ...]:
+        """What ends an answer, besides the model's end-of-sequence tokens."""
+        ...
 
     def encode(self, prompt: str | Sequence[Message]) -> tuple[int, ...]:
         """Return the prompt's token ids; raise `InvalidRequest` for a conversation that has no form here."""
@@ -196,15 +201,17 @@ def _named_template(tokenizer: Tokenizer, config: ChatTemplateConfig) -> ChatTem
     if family is None:
         known = ", ".join(sorted((*FAMILIES, OWN)))
         raise InvalidRequest(f"there is no chat template {name!r}; the names are {known}", param="model_name")
-    own = {field: getattr(config, field) for field in _PART_FIELDS if getattr(config, field) is not None}
+    own: dict[str, Any] = {field: getattr(config, field) for field in _PART_FIELDS if getattr(config, field) is not None}
     # An `assistant` text of the caller's is also what opens the answer: the family's shorter opening no longer fits it.
-    parts = replace(family, **own, **({"opening": None} if "assistant" in own else {}))
+    if "assistant" in own:
+        own["opening"] = None
+    parts = replace(family, **own)
     stop_words = config.stop_words or family.stop_words
     source = f"the named template {name!r}"
     if config.capability == "infilling":
         if parts.infill is None:
             raise InvalidRequest(f"the template {name!r} can't infill; model_name='codellama' can", param="capability")
         return RawTemplate(tokenizer, f"{source}, infilling", config.stop_words or ("<EOT>",), parts.infill)
-    if config.capability in ("completion", "python") or (family.is_raw and not own):
+    if config.capability in ("completion", "python") or (family.is_raw and not any(own.values())):
         return RawTemplate(tokenizer, f"{source}, which is for plain text", config.stop_words)
     return NamedTemplate(tokenizer, parts, source, stop_words)

@@ -1,0 +1,177 @@
+"""From token outputs to a `Completion`: one builder for each choice, one item for each prompt.
+
+This module doesn't know processes, windows or retries' reasons; it is only touched on the supervisor's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from engine.detokenizer import Decoder, IncrementalDetokenizer, StopWords
+from engine.preparation import Stops
+from engine.request import TokenOutput, TokenRequest
+from headrace.completion import Choice, Completion, CompletionError, FinishReason, TokenLogprobs, TokenUsage
+from headrace.config import GenerationConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """News of one streamed choice. The texts of all deltas of a choice concatenate to its final text."""
+
+    handle: int
+    index: int
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+    stop_detail: str | None
+
+
+class Piece(NamedTuple):
+    """What one token output added to a choice."""
+
+    text: str
+    """'' where the text is only decoded at the end of the choice."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+
+
+class ChoiceBuilder:
+    """Collects one choice's tokens and text."""
+
+    def __init__(self, index: int, decoder: Decoder, config: GenerationConfig, stops: Stops, *, is_streamed: bool) -> None:
+        """Start with no tokens. Text is decoded as it comes only where someone reads it: a stream, or stop words."""
+        self.index = index
+        self._decoder = decoder
+        self._config = config
+        self._stops = stops
+        self._is_streamed = is_streamed
+        self.result: Choice | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._text: list[str] = []
+        self._skip = 0
+        self._matcher = StopWords(self._stops.words, include=self._config.include_stop_str_in_output)
+        watches = self._is_streamed or bool(self._stops.words)
+        skip = self._config.skip_special_tokens
+        self._detokenizer = IncrementalDetokenizer(self._decoder, skip_special_tokens=skip) if watches else None
+
+    def restart(self) -> None:
+        """Another engine computes this choice from its start. Text that was streamed already isn't streamed again."""
+        if self._is_streamed:
+            self._skip = len(self._ids)
+        else:
+            self._reset()
+
+    def push(self, output: TokenOutput) -> Piece:
+        """Take news; return what of it is new. `result` is set when the choice is finished."""
+        skipped = min(self._skip, len(output.token_ids))
+        self._skip -= skipped
+        first, position = len(self._text), skipped
+        while position < len(output.token_ids) and self.result is None:
+            self._ids.append(output.token_ids[position])
+            if output.logprobs is not None:
+                self._logprobs.append(output.logprobs[position])
+            if self._detokenizer is not None:
+                self._show(self._detokenizer.push(self._ids[-1]))
+            position += 1
+        if output.finish_reason is not None and self.result is None:
+            self._finish(output.finish_reason, output.stop_detail)
+        logprobs = None if output.logprobs is None else output.logprobs[skipped:position]
+        return Piece("".join(self._text[first:]), output.token_ids[skipped:position], logprobs)
+
+    def _show(self, text: str) -> bool:
+        """Pass text through the stop words; True when one of them ended the choice."""
+        shown, word = self._matcher.push(text)
+        self._text.append(shown)
+        if word is not None:
+            self._settle("stop", f"stop_word:{word}")
+        return word is not None
+
+    def _finish(self, reason: FinishReason, detail: str | None) -> None:
+        word = self._stop_token_word(detail)
+        if self._detokenizer is None:
+            self._text.append(self._decoder.decode(self._ids, skip_special_tokens=self._config.skip_special_tokens))
+        elif self._show(self._detokenizer.flush()):
+            return
+        self._text.append(self._matcher.flush())
+        if word is not None:
+            self._text.append(word if self._config.include_stop_str_in_output else "")
+            detail = f"stop_word:{word}"
+        self._settle(reason, detail)
+
+    def _stop_token_word(self, detail: str | None) -> str | None:
+        """Return the stop word that the caller wrote for the stop token that the engine names."""
+        if detail is None or not detail.startswith("stop_token:"):
+            return None
+        return self._stops.names.get(int(detail.removeprefix("stop_token:")))
+
+    def _settle(self, reason: FinishReason, detail: str | None) -> None:
+        self.result = Choice(
+            index=self.index,
+            text="".join(self._text),
+            token_ids=tuple(self._ids),
+            finish_reason=reason,
+            stop_detail=detail,
+            logprobs=tuple(self._logprobs) if self._config.logprobs is not None else None,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens collected so far."""
+        return len(self._ids)
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One prompt on its way."""
+
+    handle: int
+    index: int
+    requests: tuple[TokenRequest, ...]
+    builders: tuple[ChoiceBuilder, ...]
+    on_done: Callable[[Completion], None]
+    on_delta: Callable[[Delta], None] | None
+    # Filled by the frontend while the item is in an engine.
+    open_ids: set[str] = field(default_factory=set)
+    deaths: int = 0
+    is_done: bool = False
+    submitted_at: float = 0.0
+    sent_at: float = 0.0
+    cached_tokens: int = 0
+    queue_ms: float = 0.0
+    run_ms: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Requests that the item still needs."""
+        return sum(builder.result is None for builder in self.builders)
+
+    def note(self, output: TokenOutput) -> None:
+        """Keep what a finished request says about time and cache."""
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        self.queue_ms = max(self.queue_ms, output.queue_ms + 1e3 * (self.sent_at - self.submitted_at))
+        self.run_ms = max(self.run_ms, output.run_ms)
+
+    def completion(self, error: CompletionError | None = None) -> Completion:
+        """Return the answer: all choices, or the error."""
+        tokens = sum(builder.num_tokens for builder in self.builders)
+        usage = TokenUsage(
+            prompt_tokens=len(self.requests[0].prompt_ids), cached_tokens=self.cached_tokens, completion_tokens=tokens
+        )
+        choices = tuple(builder.result for builder in self.builders if builder.result is not None)
+        return Completion(
+            index=self.index,
+            choices=() if error else choices,
+            usage=usage,
+            error=error,
+            queue_ms=round(self.queue_ms, 3),
+            run_ms=round(self.run_ms, 3),
+            attempts=self.deaths + 1,
+        )

@@ -1,0 +1,164 @@
+"""A prompt and its `GenerationConfig` to token requests: everything that can be wrong with a prompt is found here.
+
+What passes here can't hurt the engine: ids are in the vocabulary, lengths fit the session. This module doesn't know processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from engine.model_info import ModelInfo
+from engine.request import LimitName, TokenRequest
+from engine.templates import ChatTemplate, parse_messages
+from engine.tokenizer import Tokenizer
+from headrace.config import GenerationConfig
+from headrace.errors import ContextLengthExceeded, InvalidRequest
+
+
+class Stops(NamedTuple):
+    """What ends one prompt's answers."""
+
+    words: tuple[str, ...]
+    """To be found in the text."""
+    eos_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    names: Mapping[int, str]
+    """Ids of `stop_ids` that the caller gave as a stop word."""
+
+
+class Prepared(NamedTuple):
+    """One prompt, ready for the engine."""
+
+    requests: tuple[TokenRequest, ...]
+    """One for each choice."""
+    stops: Stops
+
+
+@dataclass(frozen=True, slots=True)
+class Preparer:
+    """Prepares prompts for one model."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    info: ModelInfo
+    session_len: int
+
+    def prepare(
+        self,
+        prompt: object,
+        config: GenerationConfig,
+        *,
+        handle: int,
+        do_preprocess: bool,
+        is_streamed: bool,
+        seed_key: str | None,
+    ) -> Prepared:
+        """Return the requests; raise `InvalidRequest` or `ContextLengthExceeded` saying what is wrong with the prompt."""
+        ids = self._encode(prompt, do_preprocess=do_preprocess)
+        room = self.session_len - len(ids)
+        if room < 1:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(ids)} tokens and the session length is {self.session_len}; shorten it or raise session_len",
+                param="prompt",
+            )
+        self._check_ids(ids, config)
+        wanted = config.max_new_tokens
+        limit: LimitName = "session_len" if wanted is None or wanted > room else "max_new_tokens"
+        stops = self._stops(config, do_preprocess=do_preprocess)
+        seed = _seed(config, seed_key)
+        requests = tuple(
+            TokenRequest(
+                request_id=f"{handle}-{choice}",
+                prompt_ids=ids,
+                config=config,
+                seed=seed,
+                choice=choice,
+                max_new_tokens=room if wanted is None else min(wanted, room),
+                limit=limit,
+                eos_ids=stops.eos_ids,
+                stop_ids=stops.stop_ids,
+                bad_sequences=_bad_sequences(self.tokenizer, config.bad_words, config.bad_token_ids),
+                stream=is_streamed or bool(stops.words),
+            )
+            for choice in range(config.n)
+        )
+        return Prepared(requests, stops)
+
+    def _encode(self, prompt: object, *, do_preprocess: bool) -> tuple[int, ...]:
+        try:
+            if isinstance(prompt, str):
+                if not prompt:
+                    raise InvalidRequest("the prompt is empty; write something in it", param="prompt")
+                ids = self.template.encode(prompt) if do_preprocess else self.tokenizer.encode_raw(prompt)
+            elif not isinstance(prompt, list | tuple):
+                raise InvalidRequest(f"a prompt is a text or a list of messages, not {type(prompt).__name__}", param="prompt")
+            elif not do_preprocess:
+                raise InvalidRequest(
+                    "messages need the chat template; with do_preprocess=False send a text", param="do_preprocess"
+                )
+            else:
+                ids = self.template.encode(parse_messages(prompt))
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the prompt is not valid Unicode text: {error}", param="prompt") from error
+        if not ids:
+            raise InvalidRequest("the prompt has no tokens; write something in it", param="prompt")
+        return ids
+
+    def _check_ids(self, ids: tuple[int, ...], config: GenerationConfig) -> None:
+        """Refuse ids outside the model's vocabulary: on a GPU they would be an assertion that kills the process."""
+        size = self.info.vocab_size
+        if max(ids) >= size:
+            raise InvalidRequest(
+                f"the tokenizer gives id {max(ids)}, but the model's vocabulary has {size} tokens", param="prompt"
+            )
+        named = {"stop_token_ids": config.stop_token_ids, "bad_token_ids": config.bad_token_ids}
+        named["logit_bias"] = tuple(token for token, _ in config.logit_bias)
+        for param, values in named.items():
+            if values and max(values) >= size:
+                raise InvalidRequest(f"{param} has {max(values)}, but the model's vocabulary has {size} tokens", param=param)
+        if config.max_new_tokens is not None and config.min_new_tokens > config.max_new_tokens:
+            raise InvalidRequest("min_new_tokens is more than max_new_tokens", param="min_new_tokens")
+
+    def _stops(self, config: GenerationConfig, *, do_preprocess: bool) -> Stops:
+        """Sort stop words into ids, where one is a special token that the text never shows, and words to look for."""
+        of_template = self.template.stop_words if do_preprocess else ()
+        special = {
+            word: index for word in of_template + config.stop_words if (index := self.tokenizer.special_id(word)) is not None
+        }
+        eos = self.info.eos_ids + self.tokenizer.eos_ids + tuple(special[word] for word in of_template if word in special)
+        names = {special[word]: word for word in config.stop_words if word in special and special[word] not in eos}
+        # ignore_eos asks for exactly max_new_tokens tokens, so what the template stops on is dropped; the caller's own words stay.
+        words = config.stop_words if config.ignore_eos else config.stop_words + of_template
+        return Stops(
+            words=tuple(dict.fromkeys(word for word in words if word not in special)),
+            eos_ids=tuple(dict.fromkeys(eos)),
+            stop_ids=tuple(dict.fromkeys((*config.stop_token_ids, *names))),
+            names=names,
+        )
+
+
+def _seed(config: GenerationConfig, seed_key: str | None) -> int:
+    if config.random_seed is not None:
+        return config.random_seed
+    if seed_key is not None:
+        return int.from_bytes(hashlib.blake2b(seed_key.encode(), digest_size=8).digest(), "big")
+    return secrets.randbits(64)
+
+
+@lru_cache(maxsize=256)
+def _bad_sequences(tokenizer: Tokenizer, words: tuple[str, ...], ids: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return each word at the start of a text, after a space and inside a line, as the tokenizer writes it."""
+    newline = tokenizer.encode_chat("\n")
+    found: dict[tuple[int, ...], None] = {(index,): None for index in ids}
+    for word in words:
+        inside = tokenizer.encode_chat("\n" + word)
+        forms = [tokenizer.encode_chat(word), tokenizer.encode_chat(" " + word)]
+        if inside[: len(newline)] == newline:
+            forms.append(inside[len(newline) :])
+        found |= {form: None for form in forms if form}
+    return tuple(found)
