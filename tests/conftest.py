@@ -16,6 +16,8 @@ import pytest
 if TYPE_CHECKING:
     from servers import PostgresServer, RedisServer
 
+    from headrace.store import Store
+
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -67,3 +69,18 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     """SQLAlchemy URL of an empty database, dropped after the test."""
     with postgres_server.database() as url:
         yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database, of each kind in turn."""
+    return f"sqlite:///{tmp_path / 'headrace.db'}" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    """A migrated, empty store, of each kind in turn."""
+    from headrace.store import Store
+
+    with Store(store_url, create=True) as store:
+        yield store
