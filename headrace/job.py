@@ -1,0 +1,377 @@
+"""The offline dataset job: prompts from a JSONL file through one engine into a JSONL file, in order, resumable.
+
+The journal beside the output (`OUT.headrace/journal.db`) is an ordinary headrace store with one batch: rows are copied into it once,
+chunks of them are claimed, and every answer is committed there before it counts. Killed at any moment and started again,
+the job computes what the journal does not have. The output itself is written at the end, in one piece.
+
+Memory holds a window of prompts and answers, whatever the file's size. This module knows no Redis, no HTTP and no SQL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import queue
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from headrace.batch import Batch, BatchStatus
+from headrace.completion import Completion, TokenUsage
+from headrace.config import ChatTemplateConfig, EngineConfig, GenerationConfig, Prompt, PytorchEngineConfig
+from headrace.dataset import Digest, digest, read_rows
+from headrace.errors import Conflict, EngineError, InvalidRequest
+from headrace.store import Claim, Store
+
+CHUNK_ROWS = 256
+WINDOW_ROWS = 1024
+"""Prompts in the engine at one time: several times what runs in one step, so that long answers never leave it idle."""
+FLUSH_ROWS = 64
+FLUSH_S = 1.0
+LEASE_S = 10.0
+"""How long a job that was killed keeps the next one from the chunks it held."""
+FOREVER = "36500d"
+TEXT_FIELDS = ("model_name", "session_len", "adapters", "dtype")
+"""The engine's fields that can change an answer; the others may differ when a job is resumed (a smaller pool, another device)."""
+
+
+class JobEngine(Protocol):
+    """What the job needs of an engine; `on_done` is called on any thread."""
+
+    def submit(
+        self,
+        prompt: Prompt,
+        gen_config: GenerationConfig,
+        on_done: Callable[[Completion], None],
+        *,
+        index: int = 0,
+        seed_key: str | None = None,
+    ) -> int:
+        """Compute one prompt. A bad prompt's completion has an error; nothing is raised for it."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What a caller asks for. Input, model, gen_config, template and `TEXT_FIELDS` together are the job's identity."""
+
+    input: Path
+    output: Path
+    model: str
+    gen_config: GenerationConfig = field(default_factory=GenerationConfig)
+    engine_config: EngineConfig = field(default_factory=PytorchEngineConfig)
+    chat_template_config: ChatTemplateConfig | None = None
+    restart: bool = False
+    """Throw away what an earlier job for this output computed."""
+
+    @property
+    def journal_dir(self) -> Path:
+        """Where what was computed is kept until the output is written, and after."""
+        return self.output.with_name(self.output.name + ".headrace")
+
+    def identity(self, content: Digest) -> dict[str, str]:
+        """Return what must be the same for a resumed job, part by part."""
+        engine = {name: value for name, value in self.engine_config.to_dict().items() if name in TEXT_FIELDS}
+        template = None if self.chat_template_config is None else self.chat_template_config.to_dict()
+        return {
+            "input": f"{content.rows} rows, sha256 {content.sha256[:16]}",
+            "model": self.model[-512:],
+            "gen_config": _brief(self.gen_config.to_dict()),
+            "engine_config": _brief(engine),
+            "chat_template": _brief(template),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobProgress:
+    """A moment of a job; rates are those of this run."""
+
+    total: int
+    done: int
+    failed: int
+    resumed: int
+    """Rows of `done` that an earlier run computed."""
+    usage: TokenUsage
+    """Of this run."""
+    elapsed_s: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second."""
+        return self.usage.completion_tokens / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at the rate so far; None before the first row."""
+        fresh = self.done - self.resumed
+        return self.elapsed_s * (self.total - self.done) / fresh if fresh else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """What came of it."""
+
+    progress: JobProgress
+    batch: Batch
+    """The journal's batch: counts and tokens of all runs together."""
+
+
+def run_job(
+    spec: JobSpec,
+    open_engine: Callable[[], JobEngine],
+    *,
+    report: Callable[[JobProgress], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> JobResult:
+    """Compute what is missing and write the output.
+
+    `open_engine` is called only when something is missing. `report` gets a `JobProgress` about once a second, `say` a line when
+    something worth knowing happens. Raise `NotFound` for a missing input, `InvalidRequest` for one without rows, and `Conflict`
+    when the journal is another job's or another process works on it.
+    """
+    content = digest(spec.input)
+    if not content.rows:
+        raise InvalidRequest(f"{spec.input} has no rows; nothing to do", param="input")
+    with _journal(spec) as store:
+        batch = _adopt(store, spec, spec.identity(content), say)
+        run = _Run(store, batch, spec, report)
+        if not batch.status.is_terminal:
+            if batch.counts.done:
+                say(
+                    f"{batch.counts.done} of {batch.counts.total} rows are in {spec.journal_dir} already; computing the other ones"
+                )
+            engine = open_engine()
+            try:
+                run.compute(engine)
+            finally:
+                engine.close()
+        else:
+            say(f"all {batch.counts.total} rows are in {spec.journal_dir} already; only the output is written again")
+        batch = store.get_batch(batch.id)
+        write_output(spec, store.stream_results(batch.id))
+        return JobResult(progress=run.progress(batch), batch=batch)
+
+
+class _Run:
+    """One process's share of a job."""
+
+    def __init__(self, store: Store, batch: Batch, spec: JobSpec, report: Callable[[JobProgress], None]) -> None:
+        self._store = store
+        self._batch = batch
+        self._spec = spec
+        self._report = report
+        self._started = time.monotonic()
+        self._resumed = batch.counts.done
+        self._usage_before = batch.usage
+        # Filled by the engine's thread.
+        self._answers: queue.SimpleQueue[tuple[Claim, Completion]] = queue.SimpleQueue()
+        # Rows of each held chunk that are not committed yet.
+        self._open: dict[Claim, int] = {}
+        self._in_engine = 0
+        self._worker = f"job@{socket.gethostname()}#{os.getpid()}"
+
+    def compute(self, engine: JobEngine) -> None:
+        """Compute until every row is committed: a second round is for chunks that a killed job held during the first."""
+        while not self._store.get_batch(self._batch.id).status.is_terminal:
+            self._round(engine)
+        self._report(self.progress(self._store.get_batch(self._batch.id)))
+
+    def _round(self, engine: JobEngine) -> None:
+        """Feed the engine and commit what comes back until there is no chunk left that can be claimed."""
+        feed = self._prompts()
+        exhausted = False
+        renewed = reported = time.monotonic()
+        while not exhausted or self._in_engine:
+            while not exhausted and self._in_engine < WINDOW_ROWS:
+                item = next(feed, None)
+                if item is None:
+                    exhausted = True
+                else:
+                    self._submit(engine, *item)
+            self._commit(self._collect())
+            now = time.monotonic()
+            if now - renewed > LEASE_S / 3:
+                self._store.renew(list(self._open), LEASE_S)
+                renewed = now
+            if now - reported >= 1.0:
+                self._report(self.progress(self._store.get_batch(self._batch.id)))
+                reported = now
+
+    def progress(self, batch: Batch) -> JobProgress:
+        """Say where the job stands."""
+        before, now = self._usage_before, batch.usage
+        return JobProgress(
+            total=batch.counts.total,
+            done=batch.counts.done,
+            failed=batch.counts.failed,
+            resumed=self._resumed,
+            usage=TokenUsage(
+                prompt_tokens=now.prompt_tokens - before.prompt_tokens,
+                cached_tokens=now.cached_tokens - before.cached_tokens,
+                completion_tokens=now.completion_tokens - before.completion_tokens,
+            ),
+            elapsed_s=time.monotonic() - self._started,
+        )
+
+    def _prompts(self) -> Iterator[tuple[Claim, int, Prompt]]:
+        """Claim chunk after chunk and yield what they lack; wait only when there is nothing to collect meanwhile."""
+        while not self._store.get_batch(self._batch.id).status.is_terminal:
+            refs = self._store.next_chunks(model=self._spec.model, limit=1, grace_s=0)
+            claim = self._store.claim_chunk(refs[0].chunk_id, worker=self._worker, lease_s=LEASE_S) if refs else None
+            if claim is None:
+                if self._in_engine:
+                    return
+                time.sleep(0.2)
+                continue
+            pending = self._store.pending(claim)
+            self._open[claim] = len(pending)
+            if not pending:
+                self._finish(claim)
+            for item in pending:
+                yield claim, item.index, item.prompt
+
+    def _submit(self, engine: JobEngine, claim: Claim, index: int, prompt: Prompt) -> None:
+        self._in_engine += 1
+        # The key makes a row that is computed again draw the same random numbers, so that a resumed job repeats its text.
+        key = f"{self._batch.id}:{index}"
+        engine.submit(prompt, self._spec.gen_config, lambda done: self._answers.put((claim, done)), index=index, seed_key=key)
+
+    def _collect(self) -> dict[Claim, list[Completion]]:
+        """Take what is answered, at most `FLUSH_ROWS`, waiting at most `FLUSH_S`."""
+        found: dict[Claim, list[Completion]] = {}
+        deadline = time.monotonic() + FLUSH_S
+        for _ in range(min(FLUSH_ROWS, self._in_engine)):
+            try:
+                claim, completion = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            if completion.error is not None and completion.error.code in (
+                "rank_lost",
+                "aborted",
+                "engine_error",
+                "model_load_error",
+            ):
+                # The engine's end is no answer to a prompt: what is committed stays, the rest is computed by the next run.
+                raise EngineError(
+                    f"the engine ended: {completion.error.message}. Start the same command again: it goes on where it stopped"
+                )
+            found.setdefault(claim, []).append(completion)
+            self._in_engine -= 1
+        return found
+
+    def _commit(self, found: Mapping[Claim, list[Completion]]) -> None:
+        for result in self._store.record_many(list(found.items())):
+            claim = result.claim
+            if not result.is_held:
+                self._open.pop(claim, None)
+                continue
+            self._open[claim] -= len(found[claim])
+            if not self._open[claim]:
+                self._finish(claim)
+
+    def _finish(self, claim: Claim) -> None:
+        self._store.finish_chunk(claim)
+        del self._open[claim]
+
+
+@contextlib.contextmanager
+def _journal(spec: JobSpec) -> Iterator[Store]:
+    folder = spec.journal_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Conflict(f"another process works on {spec.output}; wait for it or choose another output") from None
+        if spec.restart:
+            for file in folder.glob("journal.db*"):
+                file.unlink()
+        store = Store(f"sqlite:///{folder.absolute()}/journal.db", create=True)
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+def _adopt(store: Store, spec: JobSpec, identity: dict[str, str], say: Callable[[str], None]) -> Batch:
+    """Return the journal's batch: the one that is there when it is this job's, otherwise a new one."""
+    for batch in store.list_batches(limit=10):
+        if batch.status is BatchStatus.VALIDATING or batch.status in (BatchStatus.FAILED, BatchStatus.CANCELLED):
+            continue  # an earlier run was killed while it copied the rows; nothing of it was computed
+        changed = [
+            f"{name} (was {batch.metadata.get(name)}, is {value})"
+            for name, value in identity.items()
+            if batch.metadata.get(name) != value
+        ]
+        if changed:
+            raise Conflict(
+                f"{spec.journal_dir} belongs to another job for this output; different: {'; '.join(changed)}. "
+                "Give the same input and options to go on with it, another output to keep it, or --restart to throw it away"
+            )
+        return batch
+    say(f"reading {spec.input}: {identity['input']}")
+    prompts = (row.prompt for row in read_rows(spec.input))
+    return store.create_batch(
+        prompts,
+        spec.gen_config,
+        model=spec.model,
+        chunk_size=CHUNK_ROWS,
+        metadata=identity,
+        completion_window=FOREVER,
+        endpoint="job",
+    )
+
+
+def write_output(spec: JobSpec, completions: Iterator[Completion]) -> None:
+    """Write one line for each row, in the input's order, and put the file in its place in one step."""
+    scratch = spec.output.with_name(f".{spec.output.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            for row, completion in zip(read_rows(spec.input), completions, strict=True):
+                _write_line(file, completion, row.custom_id)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(spec.output)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _write_line(file: IO[str], completion: Completion, custom_id: str | None) -> None:
+    file.write(json.dumps(output_row(completion, custom_id), ensure_ascii=False) + "\n")
+
+
+def output_row(completion: Completion, custom_id: str | None = None) -> dict[str, Any]:
+    """Return a completion as a dataset row: `text` and `finish_reason` of the first choice, all `choices` where there are several."""
+    row: dict[str, Any] = {"index": completion.index}
+    if custom_id is not None:
+        row["custom_id"] = custom_id
+    if completion.error is not None:
+        return {**row, "error": {"code": completion.error.code, "message": completion.error.message}}
+    first = completion.choices[0]
+    row |= {"text": first.text, "finish_reason": first.finish_reason}
+    if len(completion.choices) > 1:
+        row["choices"] = [{"text": choice.text, "finish_reason": choice.finish_reason} for choice in completion.choices]
+    usage = completion.usage
+    return {
+        **row,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }
+
+
+def _brief(value: Any) -> str:
+    """Return JSON that fits a metadata value, made distinct by a hash where it is cut."""
+    import hashlib
+
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:150]}… sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
