@@ -5,6 +5,7 @@ Importing this module loads neither torch nor a model: Flower and `celery inspec
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from celery import signals
@@ -23,3 +24,7 @@ lifecycle.install(app, get_settings())
 def configure_logging(**_: Any) -> None:
     """Log as every headrace process does; a receiver here keeps Celery from setting up the root logger."""
     log.configure(get_settings().log_level)
+    for name in ("celery", "kombu"):
+        # What Celery says of each task, headrace says in its own words; its warnings are the connection's and are wanted.
+        logging.getLogger(name).handlers = list(logging.getLogger("worker").handlers)
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from celery import Celery
 from celery.exceptions import Reject
 
-from headrace.broker import TASK_GENERATE, TASK_RECONCILE
+from headrace.broker import TASK_GENERATE, TASK_RECONCILE, describe
 from headrace.config import Prompt
 from headrace.store import ChunkMessage, Claim
 from worker.outage import HEALS, ride_out
@@ -58,14 +58,14 @@ def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:
     with work.working():
         claim = _claim(work, message)
         if claim is None:
-            return "nothing to do: it is done, cancelled, or another worker has it"
+            return _skip(message)
         prompts = _pending(work, claim, message)
         with work.recorder.open(claim, owed=len(prompts)) as ledger:
             with work.host.submit(prompts, message.gen_config, ledger, batch_id=claim.batch_id):
                 verdict = _follow(ledger, report)
             _close(work, ledger, verdict)
     work.refill()
-    return " · ".join(part for part in (progress_line(ledger), _ENDINGS[verdict]) if part)
+    return _sum_up(ledger, verdict)
 
 
 def _claim(work: Runtime, message: ChunkMessage) -> Claim | None:
@@ -117,6 +117,25 @@ def _close(work: Runtime, ledger: Ledger, verdict: Verdict) -> None:
             # Now, not at the next look: this worker would take the chunk again and lose it again.
             work.engine_is_lost()
         work.store.release_chunk(claim)
+
+
+def _skip(message: ChunkMessage) -> str:
+    line = "nothing to do: it is done, cancelled, or another worker has it"
+    log.info("%s: %s", describe(message), line, extra={"event": "chunk_skipped", "chunk_id": message.chunk_id})
+    return line
+
+
+def _sum_up(ledger: Ledger, verdict: Verdict) -> str:
+    line = " · ".join(part for part in (progress_line(ledger), _ENDINGS[verdict]) if part)
+    claim = ledger.claim
+    log.info(
+        "%s… chunk %d/%d: %s", claim.batch_id[:14], claim.number, claim.of, line,
+        extra={
+            "event": "chunk_ended", "batch_id": claim.batch_id, "chunk_id": claim.chunk_id, "verdict": str(verdict),
+            "rows": ledger.recorded, "failed": ledger.failed, "tokens": ledger.tokens, "seconds": round(ledger.seconds, 2),
+        },
+    )  # fmt: skip
+    return line
 
 
 def progress_line(ledger: Ledger) -> str:
