@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -159,16 +160,19 @@ def run_cancel(arguments: argparse.Namespace) -> int:
 
 
 def wait_with_progress(client: Client, batch: Batch) -> Batch:
-    """Wait for the batch's end with a bar or lines."""
+    """Wait for the batch's end with a bar or lines. Asks once a second: `Client.wait` asks as seldom as the server wishes, and a bar
+    that moves every ten seconds looks stuck.
+    """
     with console.progress(batch.id[:14], batch.counts.total) as bar:
-
-        def show(now: Batch) -> None:
-            rate = "" if now.tokens_per_second is None else f"{now.tokens_per_second:.0f} tok/s · "
-            failed = f"{now.counts.failed} failed · " if now.counts.failed else ""
-            left = f"{console.seconds(now.eta_s)} left" if now.eta_s is not None else str(now.status)
-            bar.update(now.counts.done, note=f"{rate}{failed}{left}")
-
-        return client.wait(batch.id, show)
+        while True:
+            rate = "" if batch.tokens_per_second is None else f"{batch.tokens_per_second:.0f} tok/s · "
+            failed = f"{batch.counts.failed} failed · " if batch.counts.failed else ""
+            left = f"{console.seconds(batch.eta_s)} left" if batch.eta_s else str(batch.status)
+            bar.update(batch.counts.done, note=f"{rate}{failed}{left}")
+            if batch.status.is_terminal:
+                return batch
+            time.sleep(1.0)
+            batch = client.get(batch.id)
 
 
 def write_results(path: Path, completions: Iterable[Completion], custom_ids: Sequence[str | None] = ()) -> int:

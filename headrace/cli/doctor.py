@@ -135,8 +135,8 @@ def _model() -> Finding:
 
 
 def _redis() -> Finding:
-    from headrace.settings import get_settings
     from headrace.process import StackError
+    from headrace.settings import get_settings
     from headrace.stack import find_redis, redis_answers
 
     if options.is_set("HEADRACE_REDIS_URL"):
