@@ -28,6 +28,9 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
     stop_detail: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    """Of this choice, so far."""
 
 
 class Piece(NamedTuple):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -72,6 +73,7 @@ class Frontend:
         self.options: EngineOptions = resolve(model_path, backend_config)
         self._info = ModelInfo.read(Path(self.options.model_path))
         self._session_len = self.options.session_len
+        self._pid = os.getpid()
         self._window = 2 * self.options.max_batch_size
         self._handles = itertools.count(1)
         self._numbers = itertools.count(1)
@@ -83,7 +85,9 @@ class Frontend:
         self._facts: dict[str, Any] = {}
         self._engine_stats: dict[str, Any] = {}
         self._reports: dict[int, threading.Event] = {}
-        self._counts = dict.fromkeys(("prompts_submitted", "prompts_completed", "prompts_failed", "poison_prompts", "engine_deaths"), 0)
+        self._counts = dict.fromkeys(
+            ("prompts_submitted", "prompts_completed", "prompts_failed", "poison_prompts", "engine_deaths"), 0
+        )
         self._supervisor = Supervisor(
             self.options.to_dict(), self, size=self.options.tp, command=engine_command, limits=limits, on_event=on_event
         )
@@ -203,6 +207,8 @@ class Frontend:
         self._supervisor.close()
 
     def _post(self, function: Callable[[], None]) -> None:
+        if os.getpid() != self._pid:  # threads don't survive a fork: nobody would ever answer
+            raise EngineError("this engine was started by the process that forked this one; make a new one after the fork")
         if not self._supervisor.post(function):
             raise EngineError("this engine is closed; make a new one")
 
@@ -339,6 +345,8 @@ class Frontend:
             logprobs=piece.logprobs,
             finish_reason=result.finish_reason if result else None,
             stop_detail=result.stop_detail if result else None,
+            prompt_tokens=len(item.requests[0].prompt_ids),
+            completion_tokens=builder.num_tokens,
         )
         try:
             on_delta(delta)

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
         Unauthorized,
         UnsupportedOption,
     )
-    from headrace.offline import Response, pipeline
+    from headrace.offline import pipeline
+    from headrace.response import Response
 
 __version__ = "0.1.0"
 __all__ = [
@@ -80,8 +81,9 @@ _HOMES = {
     **dict.fromkeys(
         ("ChatTemplateConfig", "GenerationConfig", "PytorchEngineConfig", "TurbomindEngineConfig"), "headrace.config"
     ),
-    **dict.fromkeys(("Response", "pipeline"), "headrace.offline"),
     "Client": "headrace.client",
+    "Response": "headrace.response",
+    "pipeline": "headrace.offline",
 }
 """Where a public name lives; every other name of `__all__` is an error."""
 
