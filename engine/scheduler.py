@@ -146,9 +146,11 @@ class Scheduler:
         """Reserve what the next step needs and say what it computes; None: there is nothing to compute."""
         self._settle()
         draft = _Draft(self._token_budget)
+        preemptions = self.preemptions
         self._continue_running(draft)
         self._steps_since_admission += 1
-        if self._may_admit():
+        # A request preempted by this very plan has a token in flight: it can't come back before the host has read it.
+        if self.preemptions == preemptions and self._may_admit():
             self._admit(draft)
         if not draft.singles and not draft.chunks:
             return None
