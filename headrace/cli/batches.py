@@ -160,9 +160,8 @@ def run_cancel(arguments: argparse.Namespace) -> int:
 
 
 def wait_with_progress(client: Client, batch: Batch) -> Batch:
-    """Wait for the batch's end with a bar or lines. Asks once a second: `Client.wait` asks as seldom as the server wishes, and a bar
-    that moves every ten seconds looks stuck.
-    """
+    """Wait for the batch's end with a bar or lines."""
+    # Not Client.wait: it asks as seldom as the server wishes, and a bar that moves every ten seconds looks stuck.
     with console.progress(batch.id[:14], batch.counts.total) as bar:
         while True:
             rate = "" if batch.tokens_per_second is None else f"{batch.tokens_per_second:.0f} tok/s · "
