@@ -75,7 +75,6 @@ def make_celery(settings: Settings) -> Celery:
         worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_pool_limit=4,
         task_publish_retry=True,
         task_publish_retry_policy=_PUBLISH_RETRY,
         worker_send_task_events=True,

@@ -30,7 +30,7 @@ class Settings:
     """JSON object with the fields of PytorchEngineConfig for this worker."""
     engine_frontend: str = "engine.frontend:Frontend"
     """Which engine the worker loads, as `module:name` of a class with `worker.host.EngineFrontend`'s methods."""
-    engine_stall_s: float = 300.0
+    engine_stall_s: float = 900.0
     """An engine with prompts in it that made no step for so long counts as stuck: its worker hands its chunks on and ends."""
     worker_concurrency: int = 8
     """Chunks in flight in one worker: threads of its Celery pool."""

@@ -31,7 +31,10 @@ NOT_FINAL: Final = frozenset({RankLost.code, RequestAborted.code, ModelLoadError
 
 
 class EngineFrontend(Protocol):
-    """What a worker needs of an engine. Made by calling the factory with `(model_path, backend_config=...)`."""
+    """What a worker needs of an engine. Made by calling the class with `(model_path, backend_config=…, on_event=…)`.
+
+    `on_event` is told what happens to the engine, and 'engine_given_up' before the prompts inside are answered with errors.
+    """
 
     def submit(
         self,
@@ -53,17 +56,26 @@ class EngineFrontend(Protocol):
         """Return figures that change while the engine moves."""
         ...
 
-    @property
-    def is_alive(self) -> bool:
-        """False once the engine has ended for good."""
-        ...
-
     def close(self) -> None:
         """End the engine; may be called twice."""
         ...
 
 
-def load_frontend(settings: Settings) -> EngineFrontend:
+class Event(Protocol):
+    """What an engine says of itself, as `engine.supervisor.EngineEvent`."""
+
+    @property
+    def kind(self) -> str:
+        """A name, such as 'engine_died'."""
+        ...
+
+    @property
+    def message(self) -> str:
+        """For the operator."""
+        ...
+
+
+def load_frontend(settings: Settings, on_event: Callable[[Event], None]) -> EngineFrontend:
     """Build the engine of `settings` and return when its model is loaded.
 
     Raise `InvalidRequest` for a setting that is wrong and `ModelLoadError` for a model that can't be loaded.
@@ -78,7 +90,7 @@ def load_frontend(settings: Settings) -> EngineFrontend:
     except (ImportError, AttributeError, ValueError) as error:
         message = f"HEADRACE_ENGINE_FRONTEND={settings.engine_frontend!r} names no class as module:name ({error})"
         raise InvalidRequest(message, param="engine_frontend") from error
-    frontend: EngineFrontend = factory(settings.model, backend_config=config)
+    frontend: EngineFrontend = factory(settings.model, backend_config=config, on_event=on_event)
     return frontend
 
 
@@ -98,7 +110,8 @@ class Submission:
     def _take(self, completion: Completion) -> None:
         self._done.add(completion.index)
         self._host.count_done()
-        if completion.error is not None and completion.error.code in NOT_FINAL:
+        error = completion.error
+        if error is not None and (error.code in NOT_FINAL or self._host.given_up is not None):
             self._ledger.settle(Verdict.ENGINE_LOST)
         else:
             self._ledger.add(completion)
@@ -113,15 +126,28 @@ class Submission:
 class EngineHost:
     """Keeps the engine and watches that it moves."""
 
-    def __init__(self, frontend: EngineFrontend, *, stall_s: float) -> None:
-        """After `stall_s` seconds with prompts in it and nothing new in its figures, an engine counts as stuck."""
-        self.frontend = frontend
+    # Set once by `load`, or by the constructor's caller.
+    frontend: EngineFrontend
+
+    def __init__(self, load: Callable[[Callable[[Event], None]], EngineFrontend], *, stall_s: float) -> None:
+        """Load the engine: `load` gets the function that the engine tells its events to.
+
+        An engine with prompts in it whose figures don't change for `stall_s` seconds counts as stuck.
+        """
+        # The engine's own last message, once it will answer no more. Set on the engine's thread, before prompts fail of it.
+        self.given_up: str | None = None
         self._stall_s = stall_s
         self._count_lock = threading.Lock()
         self._inside = 0
         self._done = 0
-        self._pulse: object = None
-        self._moved_at = time.monotonic()
+        self._seen_done = 0
+        self._seen_figures: object = None
+        self._moved_at = self._asked_at = time.monotonic()
+        self.frontend = load(self._on_event)
+
+    def _on_event(self, event: Event) -> None:
+        if event.kind == "engine_given_up":
+            self.given_up = event.message
 
     @contextmanager
     def submit(
@@ -155,16 +181,21 @@ class EngineHost:
         return self._inside
 
     def trouble(self) -> str | None:
-        """Return why this engine will answer no more, or None while it is well. Asked about once a second."""
-        if not self.frontend.is_alive:
-            return "the engine has ended for good; its last words are in the log above"
+        """Return why this engine will answer no more, or None while it is well. Asked every second or so, by one thread."""
+        if self.given_up is not None:
+            return self.given_up
         now = time.monotonic()
-        pulse = (self._done, json.dumps(self.frontend.stats(), sort_keys=True, default=str)) if self.prompts_inside else None
-        if pulse is None or pulse != self._pulse:
-            self._pulse, self._moved_at = pulse, now
+        if self._inside == 0 or self._done != self._seen_done:
+            self._seen_done, self._moved_at = self._done, now
+        elif now - max(self._asked_at, self._moved_at) > self._stall_s / 8:
+            # Long answers: nothing ends for minutes, but steps are made. Asking costs a round trip to the engine.
+            self._asked_at = now
+            figures = json.dumps(self.frontend.stats(), sort_keys=True, default=str)
+            if figures != self._seen_figures:
+                self._seen_figures, self._moved_at = figures, now
         stuck_s = now - self._moved_at
         if stuck_s > self._stall_s:
-            return f"the engine has {self.prompts_inside} prompts and made no step for {stuck_s:.0f} s"
+            return f"The engine has {self._inside} prompts and made no step for {stuck_s:.0f} s"
         return None
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ over    the model can't be loaded, or the engine is lost: exit status 1 and a me
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from celery import Celery, bootsteps, signals
@@ -105,7 +106,7 @@ def bring_up(settings: Settings, app: Celery, *, name: str) -> Runtime:
     store = Store(settings.database_url)
     ride_out(store.check_schema, what="the start of this worker")
     log.info("loading %s", settings.model, extra={"event": "model_loading", "model": settings.model})
-    host = EngineHost(load_frontend(settings), stall_s=settings.engine_stall_s)
+    host = EngineHost(partial(load_frontend, settings), stall_s=settings.engine_stall_s)
     try:
         runtime = Runtime(settings, store=store, broker=Broker(app), host=host, name=name)
         ride_out(runtime.start, what="the registration of this worker")
@@ -147,5 +148,5 @@ class VisibilityStep(bootsteps.StartStopStep):
         self._renewer.close()
 
     def _renew(self) -> None:
-        if runtime_of(self._app).host.trouble() is None:
+        if not runtime_of(self._app).has_lost_engine:
             self._renewer.renew()

@@ -84,7 +84,9 @@ class Runtime:
         self.draining = threading.Event()
         """Set: no chunk is taken any more."""
         self.on_trouble: Callable[[str], None] = lambda _: None
-        """Called once when the engine is lost, so that the process ends. Set by the lifecycle."""
+        """Called when the engine is lost, so that the process ends. Set by the lifecycle."""
+        self.has_lost_engine = False
+        """Set: leases are renewed no more."""
         self._chunks = 0
         self._chunks_changed = threading.Condition()
         self._chunks_done = 0
@@ -117,7 +119,8 @@ class Runtime:
 
     def keep_leases(self) -> None:
         """Renew the leases of the chunks in flight, unless the engine stands still: then another worker shall have them."""
-        if self.engine_is_lost():
+        self.check_engine()
+        if self.has_lost_engine:
             return
         open_ledgers = {ledger.claim: ledger for ledger in self.recorder.ledgers() if ledger.verdict is None}
         held = self.store.renew(list(open_ledgers), self.settings.lease_s) if open_ledgers else set()
@@ -125,14 +128,14 @@ class Runtime:
             if claim not in held:
                 ledger.settle(Verdict.FENCED)
 
-    def engine_is_lost(self) -> bool:
+    def check_engine(self) -> None:
         """Look after the engine. One that answers no more ends the work: chunks are handed back, the process is asked to end."""
         trouble = self.host.trouble()
-        if trouble is not None and not self.draining.is_set():
+        if trouble is not None and not self.has_lost_engine:
             self._give_up(trouble)
-        return trouble is not None
 
     def _give_up(self, trouble: str) -> None:
+        self.has_lost_engine = True
         self.draining.set()
         log.critical(
             "%s; this worker hands its chunks back and ends, so that whoever supervises it starts it anew", trouble,

@@ -115,7 +115,7 @@ def _close(work: Runtime, ledger: Ledger, verdict: Verdict) -> None:
             return
         if verdict is Verdict.ENGINE_LOST:
             # Now, not at the next look: this worker would take the chunk again and lose it again.
-            work.engine_is_lost()
+            work.check_engine()
         work.store.release_chunk(claim)
 
 

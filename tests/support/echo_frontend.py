@@ -12,11 +12,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import EngineConfig, GenerationConfig, Prompt
-from headrace.errors import ModelLoadError, RankLost, RequestAborted
+from headrace.errors import EngineError, ModelLoadError, RequestAborted
 
 
 def answer(prompt: Prompt, *, index: int, seed_key: str | None = None) -> Completion:
@@ -31,14 +31,29 @@ def answer(prompt: Prompt, *, index: int, seed_key: str | None = None) -> Comple
     )
 
 
+class EchoEvent(NamedTuple):
+    """As `engine.supervisor.EngineEvent`."""
+
+    kind: str
+    message: str
+
+
 class EchoFrontend:
     """Has the methods of `worker.host.EngineFrontend`."""
 
-    def __init__(self, model_path: str, *, backend_config: EngineConfig | None = None, pause_s: float | None = None) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        backend_config: EngineConfig | None = None,
+        on_event: Callable[[EchoEvent], None] | None = None,
+        pause_s: float | None = None,
+    ) -> None:
         if model_path == "no-such-model":
             raise ModelLoadError(f"{model_path} is not there")
         self.model_path = model_path
         self.backend_config = backend_config
+        self._on_event = on_event or (lambda _: None)
         self.pause_s = float(os.environ.get("ECHO_PAUSE_S", "0")) if pause_s is None else pause_s
         self.seen: list[tuple[int, Prompt]] = []
         self.aborted: list[int] = []
@@ -89,19 +104,16 @@ class EchoFrontend:
             self._changed.notify()
 
     def die(self) -> None:
-        """End for good, as an engine does that could not be restarted: what is inside fails with `rank_lost`."""
+        """End for good, as an engine does that can't be restarted: what is inside fails with `engine_error`."""
         self._alive = False
+        self._on_event(EchoEvent("engine_given_up", "The engine is given up after 3 deaths in a row."))
         with self._changed:
             lost, self._open = list(self._open.values()), {}
         for _, index, on_done in lost:
-            on_done(Completion(index=index, error=CompletionError.of(RankLost())))
+            on_done(Completion(index=index, error=CompletionError.of(EngineError())))
 
     def stats(self) -> Mapping[str, Any]:
         return {"steps": self._steps}
-
-    @property
-    def is_alive(self) -> bool:
-        return self._alive
 
     def close(self) -> None:
         with self._changed:

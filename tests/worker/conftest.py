@@ -66,7 +66,11 @@ def make_runtime(settings: Settings, store: Store, broker: Broker) -> Iterator[C
     made = []
 
     def make(engine: EchoFrontend, **changes: object) -> Runtime:
-        host = EngineHost(engine, stall_s=settings.engine_stall_s)
+        def load(on_event):
+            engine._on_event = on_event
+            return engine
+
+        host = EngineHost(load, stall_s=settings.engine_stall_s)
         runtime = Runtime(
             dataclasses.replace(settings, **changes), store=store, broker=broker, host=host, name=f"gpu{len(made)}@test"
         )
