@@ -15,9 +15,10 @@ from pydantic import AfterValidator, BaseModel
 
 from api import examples
 from api.intake import choose_model, parse_create, screen
+from api.problems import StillBeingStored
 from api.services import ServicesDep
 from headrace.batch import Batch, BatchStatus
-from headrace.errors import InvalidRequest, NotFound
+from headrace.errors import Conflict, InvalidRequest, NotFound
 from headrace.schemas import BatchOut, BatchPage
 
 log = logging.getLogger(__name__)
@@ -78,16 +79,19 @@ def create_batch(
     create = parse_create(body, settings)
     body.clear()  # it would live until the response is sent, beside the parsed prompts
     model = choose_model(create.model, settings)
-    batch = services.store.create_batch(
-        screen(create.prompts, max_bytes=settings.max_prompt_bytes),
-        create.gen_config,
-        model=model,
-        chunk_size=settings.chunk_size,
-        metadata=create.metadata,
-        priority=create.priority,
-        completion_window=create.completion_window,
-        idempotency_key=_clean_key(idempotency_key),
-    )
+    try:
+        batch = services.store.create_batch(
+            screen(create.prompts, max_bytes=settings.max_prompt_bytes),
+            create.gen_config,
+            model=model,
+            chunk_size=settings.chunk_size,
+            metadata=create.metadata,
+            priority=create.priority,
+            completion_window=create.completion_window,
+            idempotency_key=_clean_key(idempotency_key),
+        )
+    except Conflict as error:
+        raise StillBeingStored(error.message) from error
     queue = services.send_chunks(model=model)
     log.info(
         "batch accepted; workers of %s answer it",

@@ -7,6 +7,7 @@ the failure of that index alone. Knows no HTTP and no SQL.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -44,9 +45,9 @@ def choose_model(name: str | None, settings: Settings) -> str:
     return name
 
 
-def screen(prompts: list[Any], *, max_bytes: int) -> list[Prompt | CompletionError]:
-    """Replace each prompt that can't be answered by the reason why; the others stay the same objects."""
-    return [refusal(prompt, max_bytes=max_bytes) or prompt for prompt in prompts]
+def screen(prompts: Iterable[Any], *, max_bytes: int) -> Iterator[Prompt | CompletionError]:
+    """Yield each prompt, or the reason why it can't be answered in its place."""
+    return (refusal(prompt, max_bytes=max_bytes) or prompt for prompt in prompts)
 
 
 def refusal(prompt: Any, *, max_bytes: int) -> CompletionError | None:

@@ -6,6 +6,7 @@ leaves as a 500 that says where to look (the request id) and nothing of what was
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -20,9 +21,12 @@ from starlette.responses import Response
 from headrace.errors import Conflict, HeadraceError, InvalidRequest, NotFound
 from headrace.schemas import FieldError, Problem
 
+log = logging.getLogger(__name__)
+
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 100
 """Most entries of `errors` in one problem: a batch of a million wrong prompts must not answer with a million lines."""
+SERVER_FAULT = 500
 RETRY_AFTER_S = 5
 """What a 503 and a 507 tell the client to wait."""
 
@@ -40,13 +44,17 @@ class InvalidBody(InvalidRequest):
         self.errors = tuple(errors)
 
 
+class StillBeingStored(Conflict):
+    """The first request with this Idempotency-Key is still being stored; send this one again in a moment."""
+
+
 def problem_of(error: HeadraceError, *, request_id: str | None = None, instance: str | None = None) -> Problem:
-    """Return the problem that describes `error`."""
+    """Return the problem that describes `error`. What failed on our side names no host, path or URL: the log does."""
     return Problem(
         type=f"/docs#problem-{error.code}",
         title=_title(error.code),
         status=error.status,
-        detail=error.message,
+        detail=error.message if error.status < SERVER_FAULT else (type(error).__doc__ or "").strip(),
         instance=instance,
         code=error.code,
         param=error.param,
@@ -59,9 +67,6 @@ def problem_of(error: HeadraceError, *, request_id: str | None = None, instance:
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """Render a problem. Nulls are left out, and a retry hint is added where a retry helps."""
     hints = {"retry-after": str(RETRY_AFTER_S)} if problem.status in (503, 507) else {}
-    # OpenAI's client sends a 409 again unless it is told not to; here nothing but the caller can resolve one.
-    if problem.status == Conflict.status:
-        hints["x-should-retry"] = "false"
     body = problem.model_dump_json(exclude_none=True)
     return Response(body, status_code=problem.status, media_type=MEDIA_TYPE, headers={**hints, **(headers or {})})
 
@@ -105,7 +110,18 @@ def _respond(request: Request, error: HeadraceError, headers: Mapping[str, str] 
 
 async def _on_headrace_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
-    headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else None
+    headers = {}
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    if error.status == HTTPStatus.CONFLICT:
+        # OpenAI's client sends a 409 again unless it is told not to; a batch that is over stays over.
+        headers["x-should-retry"] = "true" if isinstance(error, StillBeingStored) else "false"
+    if error.status >= SERVER_FAULT:
+        log.warning(
+            "request failed; the caller was told to try again: %s",
+            error.message,
+            extra={"event": "request_failed", "code": error.code, "request_id": request.scope.get("headrace.request_id")},
+        )
     return _respond(request, error, headers)
 
 

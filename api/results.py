@@ -13,11 +13,11 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import StreamingResponse
 
 from api import examples
-from api.batches import BatchId, json_response, retry_after_s
+from api.batches import BatchId, retry_after_s
 from api.services import ServicesDep
 from headrace.batch import Batch
 from headrace.completion import Completion
-from headrace.schemas import COMPLETION, CompletionPage
+from headrace.schemas import CompletionPage, to_wire
 
 if TYPE_CHECKING:
     from headrace.store import Store
@@ -59,7 +59,7 @@ def get_results(
         has_more=has_more,
         next=f"/v1/batches/{batch_id}/results?after={last}&limit={limit}" if has_more else None,
     )
-    return json_response(page, headers=_headers(batch))
+    return Response(to_wire(dict(page)), media_type="application/json", headers=_headers(batch))
 
 
 @router.get(
@@ -86,7 +86,7 @@ def ready_page(store: Store, batch: Batch, *, after: int, limit: int) -> list[Co
 def _lines(store: Store, batch: Batch, after: int) -> Iterator[bytes]:
     # Pages in transactions of their own: a reader that stays open for hours would let SQLite's WAL grow without bound.
     while page := ready_page(store, batch, after=after, limit=STREAM_PAGE):
-        yield b"".join(COMPLETION.dump_json(row) + b"\n" for row in page)
+        yield b"".join(to_wire(row) + b"\n" for row in page)
         after = page[-1].index
 
 

@@ -39,12 +39,17 @@ class Services:
     @property
     def store(self) -> Store:
         """The store; the first use opens it. Raises `StoreUnavailable`; the next use tries again."""
-        with self._lock:
-            if self._store is None:
-                from headrace.store import open_store
+        if self._store is None:
+            from headrace.store import open_store
 
-                self._store = open_store(self.settings.database_url)
-            return self._store
+            # Outside the lock: while the database is away every request would wait for the one before it to give up.
+            opened = open_store(self.settings.database_url)
+            with self._lock:
+                if self._store is None:
+                    self._store = opened
+                    return opened
+            opened.close()
+        return self._store
 
     @property
     def broker(self) -> Broker:

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, WithJsonSchema
+from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
 from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.completion import Completion, TokenUsage
 from headrace.config import ROLES, GenerationConfig
 
-COMPLETION = TypeAdapter(Completion)
-"""Writes and reads one completion as JSON: the form of `Completion.to_dict()`."""
+_COMPLETION = TypeAdapter(Completion)
 CompletionOut = Completion
 """One completion on the wire is the dataclass itself."""
 
@@ -40,6 +40,28 @@ _PROMPTS_SCHEMA = {
 def _config(value: object) -> object:
     """Build the config by its own constructor, so that HTTP accepts and refuses what `pipeline` does, in the same words."""
     return GenerationConfig() if value is None else GenerationConfig.from_dict(value)  # type: ignore[arg-type]  # it checks
+
+
+def to_wire(value: Any) -> bytes:
+    """Return JSON that every parser takes: infinities are the strings of pydantic, half surrogate pairs become U+FFFD."""
+    try:
+        return to_json(value, inf_nan_mode="strings")
+    except PydanticSerializationError:
+        # One such character in a completion would otherwise cut the stream at that row for ever.
+        return to_json(_mended(to_jsonable_python(value, inf_nan_mode="strings")))
+
+
+def _mended(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_mended(item) for item in value]
+    return {key: _mended(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def read_completion(line: str | bytes) -> Completion:
+    """Read one line of an NDJSON stream: the JSON of `to_wire(completion)`. Raises ValueError for anything else."""
+    return _COMPLETION.validate_json(line)
 
 
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
