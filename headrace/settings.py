@@ -79,7 +79,7 @@ class Settings:
                 raise InvalidRequest(
                     f"{name} is not a setting of headrace; the settings are {', '.join(sorted(specs))}", param=name
                 )
-            kind = Path if spec.name == "home" else type(spec.default)
+            kind: Any = Path if spec.name == "home" else type(spec.default)
             try:
                 values[spec.name] = kind(text)
             except ValueError:

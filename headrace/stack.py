@@ -28,6 +28,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -271,9 +272,10 @@ class Stack:
             stop_timeout_s=self.settings.drain_timeout_s + 10,
         )
         if self.urls.flower is not None:
-            yield self._child(
-                "flower", flower_arguments(port=self._flower_port), lambda: answers(f"{self.urls.flower}/healthcheck")
-            )
+            is_ready = partial(answers, f"{self.urls.flower}/healthcheck")
+            flower = self._child("flower", flower_arguments(port=self._flower_port), is_ready)
+            # Flower's threads keep it from ending when it is asked to; it has nothing to lose.
+            yield dataclasses.replace(flower, stop_timeout_s=2.0)
 
     def _redis(self) -> ChildSpec:
         folder = self._state_dir / "redis"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli import console, options
 from headrace.cli.up import interrupted_once
+from headrace.errors import EngineError
 
 if TYPE_CHECKING:
-    from headrace.job import JobProgress, JobResult
+    from headrace.job import JobProgress, JobResult, JobSpec
 
 EXAMPLE = """Rows of INPUT are a JSON string, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, with an optional
 custom_id. Rows of OUTPUT, in the same order, have index, custom_id, text, finish_reason, prompt_tokens, cached_tokens and
@@ -56,11 +57,15 @@ def run(arguments: argparse.Namespace) -> int:
         restart=arguments.restart,
     )
 
-    def open_engine() -> JobEngine:
-        from headrace.offline import open_engine as start
+    # A pipeline that nobody holds closes its engine.
+    held: list[object] = []
 
+    def open_engine() -> JobEngine:
         console.say(f"loading {spec.model}")
-        return start(spec.model, backend_config=spec.engine_config, chat_template_config=spec.chat_template_config)
+        pipe = load(spec)
+        held.append(pipe)
+        frontend: JobEngine = pipe.frontend
+        return frontend
 
     with interrupted_once(), console.progress("rows", 1) as bar:
 
@@ -71,6 +76,17 @@ def run(arguments: argparse.Namespace) -> int:
     show(spec.output, result, as_json=arguments.json)
     counts = result.batch.counts
     return 1 if counts.failed == counts.total else 0
+
+
+def load(spec: JobSpec) -> Any:
+    """Start the engine in a process of its own and return its pipeline (whose class this floor does not know)."""
+    from headrace.offline import pipeline
+
+    config, template = spec.engine_config, spec.chat_template_config
+    try:
+        return pipeline(spec.model, backend_config=config, chat_template_config=template, log_level="WARNING")
+    except ImportError as error:
+        raise EngineError(str(error)) from error
 
 
 def note(moment: JobProgress) -> str:
