@@ -224,7 +224,7 @@ def _sqlite_engine(url: URL, *, begin: str, query_only: bool, pool_size: int | N
             "synchronous=FULL",  # NORMAL may lose the last commits in a power cut
             f"foreign_keys={'ON' if foreign_keys else 'OFF'}",
             "journal_size_limit=67108864",
-            "cache_size=-16000",
+            "cache_size=-8000",
             f"query_only={'ON' if query_only else 'OFF'}",
         ):
             connection.execute(f"PRAGMA {pragma}").close()
