@@ -1,0 +1,88 @@
+"""A stand-in for `engine.rank` that computes nothing: for tests of what happens around an engine process.
+
+It answers a prompt with its own tokens after `FAKE_DELAY_S`. What a prompt does besides is said by one of its `stop_token_ids`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import time
+from pathlib import Path
+
+from engine.protocol import Abort, AskReport, Close, Failed, Outputs, Ready, Report, Start, Submit
+from engine.rank import ParentPipe
+from engine.request import TokenOutput, TokenRequest
+
+POISON, HANG, RAISE, SLOW = 301, 302, 303, 304
+"""Kills the engine; makes it hang; makes it report a failure; is answered after ten seconds."""
+
+
+def _answer(request: TokenRequest) -> TokenOutput:
+    tokens = request.prompt_ids[: request.max_new_tokens]
+    return TokenOutput(request_id=request.request_id, token_ids=tokens, finish_reason="length", stop_detail=request.limit)
+
+
+def _start(pipe: ParentPipe) -> None:
+    start = next(pipe.take(wait=True))
+    assert isinstance(start, Start)
+    log = os.environ.get("FAKE_STARTS")
+    if log:
+        with Path(log).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+    starts = len(Path(log).read_text().split()) if log else 1
+    how = os.environ.get("FAKE_START", "")
+    if how == "refuse":
+        pipe.send(Failed("model_load_error", "no weights here", "model_path"))
+        sys.exit(1)
+    if how == "crash" or (how == "crash_again" and starts > 1):
+        sys.stderr.write("the driver is broken\n")
+        sys.stderr.flush()
+        os._exit(7)
+    pipe.send(Ready(start.options["session_len"], {"device": "none"}))
+
+
+def main() -> None:
+    """Serve until told to close."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = ParentPipe()
+    _start(pipe)
+    delay = float(os.environ.get("FAKE_DELAY_S", "0"))
+    waiting: dict[str, tuple[float, TokenRequest]] = {}
+    seen: queue.SimpleQueue[int] = queue.SimpleQueue()
+    while True:
+        for message in pipe.take(wait=not waiting):
+            match message:
+                case Submit(requests):
+                    for request in requests:
+                        seen.put(1)
+                        if POISON in request.stop_ids:
+                            time.sleep(0.05)
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        if HANG in request.stop_ids:
+                            time.sleep(3600)
+                        if RAISE in request.stop_ids:
+                            pipe.send(Failed("numerical_error", "the device said no"))
+                            sys.exit(1)
+                        waiting[request.request_id] = (time.monotonic() + (10 if SLOW in request.stop_ids else delay), request)
+                case Abort(request_ids):
+                    for request_id in request_ids:
+                        waiting.pop(request_id, None)
+                case AskReport(number):
+                    pipe.send(Report(number, {"seen": seen.qsize()}))
+                case Close():
+                    return
+        now = time.monotonic()
+        due = [request for at, request in waiting.values() if at <= now]
+        for request in due:
+            del waiting[request.request_id]
+        if due:
+            pipe.send(Outputs(tuple(_answer(request) for request in due)))
+        elif waiting:
+            time.sleep(0.005)
+
+
+if __name__ == "__main__":
+    main()
