@@ -58,7 +58,7 @@ def locate_model(path_or_id: str | Path) -> Path:
     """
     text = os.fspath(path_or_id)
     local = Path(text).expanduser()
-    if local.is_dir():
+    if text and local.is_dir():  # '' would be the current directory
         return local.resolve()
     if text == DEFAULT_MODEL:
         from engine.default_model import default_model_dir  # pulls in torch and gguf, only for this model

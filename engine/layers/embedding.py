@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.layers.matrix import Matrix
 from engine.parallel import ParallelGroup
 
 
@@ -25,11 +26,11 @@ class Embedding:
 class Head:
     """The output head, split by vocabulary rows. The last rank's share may end in rows of zeros, which are cut off."""
 
-    weight_OD: Tensor
+    weight: Matrix
     vocab_size: int
     group: ParallelGroup
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         """Give float32 logits [R, V], the same on every rank."""
-        logits_RV = self.group.all_gather_columns(F.linear(x_RD, self.weight_OD))
+        logits_RV = self.group.all_gather_columns(self.weight(x_RD))
         return logits_RV[:, : self.vocab_size].float()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from engine.layers.matrix import Matrix
 from engine.parallel import ParallelGroup
 
 
@@ -18,26 +18,26 @@ from engine.parallel import ParallelGroup
 class ColumnLinear:
     """x · Wᵀ + b with this rank's rows of W; several projections stacked are one."""
 
-    weight_OI: Tensor
+    weight: Matrix
     bias_O: Tensor | None = None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Give this rank's output columns."""
-        return F.linear(x_TI, self.weight_OI, self.bias_O)
+        return self.weight(x_TI, self.bias_O)
 
 
 @dataclass(frozen=True, slots=True)
 class RowLinear:
     """x · Wᵀ + b with this rank's columns of W, summed over the ranks."""
 
-    weight_OI: Tensor
+    weight: Matrix
     bias_O: Tensor | None
     group: ParallelGroup
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """Give the whole output, the same on every rank."""
         if self.group.size == 1:
-            return F.linear(x_TI, self.weight_OI, self.bias_O)
-        out_TO = self.group.all_reduce(F.linear(x_TI, self.weight_OI))
+            return self.weight(x_TI, self.bias_O)
+        out_TO = self.group.all_reduce(self.weight(x_TI))
         # The bias is added once, after the sum: added on every rank it would count `size` times.
         return out_TO if self.bias_O is None else out_TO + self.bias_O

@@ -69,11 +69,11 @@ class Decoder:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of this rank's weights; tied ones count once."""
-        tensors = [self.embedding.weight_VD, self.head.weight_OD, self.norm_D, self.cos_sin_MH]
-        for layer in self.layers:
-            tensors += [layer.qkv.weight_OI, layer.output.weight_OI, layer.gate_up.weight_OI, layer.down.weight_OI]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        """Bytes of this rank's weights; a tied head counts where it is a copy."""
+        matrices = [part.weight for layer in self.layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        shared = self.head.weight.shares(self.embedding.weight_VD)
+        ends = self.embedding.weight_VD.nbytes + (0 if shared else self.head.weight.nbytes) + self.cos_sin_MH.nbytes
+        return ends + sum(matrix.nbytes for matrix in matrices)
 
     def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Run the blocks, write the step's keys and values, and give float32 logits [R, V] of the sampled tokens."""

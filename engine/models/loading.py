@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
+from engine.layers.matrix import Matrix
 from engine.layers.rope import cos_sin_table
 from engine.model_info import read_config
 from engine.models.decoder import Decoder, Layer
@@ -59,7 +60,7 @@ class _Loader:
         else:
             name = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
             weight_OD = self._checkpoint.stacked([Part(name, shape, mine)], extra_rows=missing)
-        return embedding, Head(weight_OD, spec.vocab_size, group)
+        return embedding, Head(Matrix(weight_OD), spec.vocab_size, group)
 
     def layer(self, index: int) -> Layer:
         """Read one block."""
@@ -96,15 +97,15 @@ class _Loader:
         hidden = self._spec.hidden_size
         weight_OI = self._checkpoint.stacked([Part(f"{name}.weight", (rows, hidden), mine) for name, rows, mine in sources])
         if not bias:
-            return ColumnLinear(weight_OI)
+            return ColumnLinear(Matrix(weight_OI))
         return ColumnLinear(
-            weight_OI, self._checkpoint.stacked([Part(f"{name}.bias", (rows,), mine) for name, rows, mine in sources])
+            Matrix(weight_OI), self._checkpoint.stacked([Part(f"{name}.bias", (rows,), mine) for name, rows, mine in sources])
         )
 
     def _row(self, name: str, columns: int, mine: slice, *, bias: bool) -> RowLinear:
         hidden = self._spec.hidden_size
         weight_OI = self._checkpoint.tensor(Part(f"{name}.weight", (hidden, columns), columns=mine))
-        return RowLinear(weight_OI, self.vector(f"{name}.bias", hidden) if bias else None, self._group)
+        return RowLinear(Matrix(weight_OI), self.vector(f"{name}.bias", hidden) if bias else None, self._group)
 
 
 def _span(heads: int, group: ParallelGroup) -> slice:

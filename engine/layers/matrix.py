@@ -1,0 +1,44 @@
+"""A weight matrix in the layout in which its device multiplies by it fastest."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TYPICAL_ROWS = 64  # the layout is chosen for about so many rows; it serves any number
+
+
+class Matrix:
+    """x · Wᵀ (+ b) for a weight W [out, in].
+
+    On a CPU in float32 the weight is repacked once for oneDNN: PyTorch's own float32 product goes to MKL, which on other
+    makers' processors reaches a third of that speed (measured on a Zen 5: 170 against 500 GFLOP/s at 64 rows). Same float32
+    mathematics, another order of the sums.
+    """
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        """Take the weight; a repacked one is a copy, and the original may be freed."""
+        self._packed = weight_OI.device.type == "cpu" and weight_OI.dtype == torch.float32 and _has_onednn()
+        if self._packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous(), _TYPICAL_ROWS)  # noqa: SLF001
+        else:
+            self._weight = weight_OI
+        self.nbytes: int = weight_OI.nbytes
+
+    def shares(self, tensor: Tensor) -> bool:
+        """Whether the weight is a part of `tensor` and not a copy."""
+        return not self._packed and self._weight.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
+    def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """Give [T, O]."""
+        if self._packed:
+            out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, bias_O, "none", [], "")  # noqa: SLF001
+            return out_TO
+        return F.linear(x_TI, self._weight, bias_O)
+
+
+def _has_onednn() -> bool:
+    """Whether this build of torch has the two operators (the ones that torch.compile emits on a CPU)."""
+    available = torch.backends.mkldnn.is_available()
+    return available and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))

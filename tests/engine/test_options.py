@@ -1,0 +1,139 @@
+"""Options: every field of both configs arrives, or is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import kv_cache
+from engine.executor import LocalExecutor
+from engine.options import EngineOptions, resolve
+from headrace.config import PytorchEngineConfig, TurbomindEngineConfig
+from headrace.errors import InvalidRequest, KVCapacity, UnsupportedOption
+
+
+def test_defaults(tiny_model_dir: Path) -> None:
+    options = resolve(str(tiny_model_dir), PytorchEngineConfig(device="cpu"))
+    assert options == EngineOptions(
+        model_path=str(tiny_model_dir),
+        tp=1,
+        session_len=1024,
+        max_batch_size=128,
+        block_size=64,
+        num_blocks=0,
+        max_prefill_token_num=8192,
+        prefill_interval=16,
+        cache_max_entry_count=0.8,
+        enable_prefix_caching=True,
+        dtype="float32",
+        device="cpu",
+        eager_mode=False,
+        template_name=None,
+    )
+    assert EngineOptions.from_dict(options.to_dict()) == options
+    assert resolve(str(tiny_model_dir)).session_len == 1024
+
+
+def test_every_pytorch_field_arrives(tiny_model_dir: Path) -> None:
+    given: dict[str, Any] = {
+        "model_name": "chatml",
+        "tp": 2,
+        "session_len": 100,
+        "max_batch_size": 3,
+        "prefill_interval": 5,
+        "block_size": 16,
+        "num_gpu_blocks": 9,
+        "max_prefill_token_num": 77,
+        "cache_max_entry_count": 0.25,
+        "enable_prefix_caching": False,
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "eager_mode": True,
+    }
+    refused = {"eviction_type", "num_cpu_blocks", "adapters"}
+    assert {field.name for field in dataclasses.fields(PytorchEngineConfig)} == set(given) | refused
+    renamed = {"model_name": "template_name", "num_gpu_blocks": "num_blocks"}
+    options = resolve(str(tiny_model_dir), PytorchEngineConfig(**given))
+    for name, value in given.items():
+        assert getattr(options, renamed.get(name, name)) == value, name
+
+
+def test_turbomind_fields_arrive(tiny_model_dir: Path) -> None:
+    config = TurbomindEngineConfig(
+        model_name="chatml", model_format="hf", tp=2, session_len=100, max_batch_size=3, cache_max_entry_count=0.3
+    )
+    options = resolve(str(tiny_model_dir), config)
+    assert (options.template_name, options.tp, options.session_len, options.max_batch_size) == ("chatml", 2, 100, 3)
+    assert (options.cache_max_entry_count, options.num_blocks) == (0.3, 0)
+    assert resolve(str(tiny_model_dir), TurbomindEngineConfig(cache_max_entry_count=12)).num_blocks == 12
+    assert resolve(str(tiny_model_dir), TurbomindEngineConfig()).cache_max_entry_count == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (PytorchEngineConfig(eviction_type="copy"), "eviction_type"),
+        (PytorchEngineConfig(num_cpu_blocks=4), "num_cpu_blocks"),
+        (PytorchEngineConfig(adapters={"a": "/x"}), "adapters"),
+        (TurbomindEngineConfig(model_format="awq"), "model_format"),
+        (TurbomindEngineConfig(model_format="llama"), "model_format"),
+        (TurbomindEngineConfig(quant_policy=4), "quant_policy"),
+        (TurbomindEngineConfig(quant_policy=8), "quant_policy"),
+        (TurbomindEngineConfig(rope_scaling_factor=2.0), "rope_scaling_factor"),
+        (TurbomindEngineConfig(use_logn_attn=True), "use_logn_attn"),
+    ],
+)
+def test_what_this_build_cant_do_is_refused_by_name(tiny_model_dir: Path, config: Any, field: str) -> None:
+    with pytest.raises(UnsupportedOption, match=field) as refused:
+        resolve(str(tiny_model_dir), config)
+    assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"session_len": 1025}, "session_len"), ({"tp": 3, "device": "cpu"}, "tp")],
+)
+def test_what_the_model_cant_do_is_refused_by_name(tiny_model_dir: Path, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(str(tiny_model_dir), PytorchEngineConfig(**fields))
+    assert refused.value.param == param
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 0, reason="this host has a CUDA device")
+def test_cuda_without_a_device_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no CUDA device"):
+        resolve(str(tiny_model_dir), PytorchEngineConfig(device="cuda"))
+
+
+def options(path: Path, **fields: Any) -> EngineOptions:
+    return resolve(str(path), PytorchEngineConfig(**{"device": "cpu", **fields}))
+
+
+def test_the_pool_is_what_was_asked_or_what_can_be_needed(tiny_model_dir: Path) -> None:
+    assert LocalExecutor(options(tiny_model_dir, num_gpu_blocks=5)).num_blocks == 5
+    small = options(tiny_model_dir, max_batch_size=2, session_len=100)
+    assert LocalExecutor(small).num_blocks == 2 * 2  # two sessions of two blocks: more could never be used
+    report = LocalExecutor(small).report()
+    assert report["kv_pool"] == 4 * report["kv_block"]
+    assert report["kv_block"] == 2 * 2 * 2 * 64 * 16 * 4  # k and v, layers, heads, positions, head dim, fp32
+    assert report["weights"] > 100_000
+
+
+def test_the_pool_on_a_cpu_is_capped_but_holds_one_session(tiny_model_dir: Path) -> None:
+    auto = options(tiny_model_dir)
+    one = kv_cache.CPU_POOL_BYTES // 10
+    assert kv_cache.choose_num_blocks(auto, one_block=one, free=1 << 50) == 16  # 1024 tokens of session, over the cap
+    assert kv_cache.choose_num_blocks(auto, one_block=one // 8, free=1 << 50) == 80
+    assert kv_cache.choose_num_blocks(auto, one_block=one, free=one * 10) == 8  # 0.8 of what is free
+
+
+def test_a_pool_that_doesnt_fit_is_refused_before_it_is_allocated(tiny_model_dir: Path) -> None:
+    with pytest.raises(InvalidRequest, match="at most") as refused:
+        LocalExecutor(options(tiny_model_dir, num_gpu_blocks=1 << 40))
+    assert refused.value.param == "num_gpu_blocks"
+    with pytest.raises(KVCapacity):
+        kv_cache.choose_num_blocks(options(tiny_model_dir), one_block=1 << 30, free=1 << 20)
