@@ -64,7 +64,7 @@ def locate_model(path_or_id: str | Path) -> Path:
         from engine.default_model import default_model_dir  # pulls in torch and gguf, only for this model
 
         return default_model_dir()
-    if local.exists():
+    if text and local.exists():
         raise ModelLoadError(
             f"{text} is a file; give the directory that holds config.json and *.safetensors", param="model_path"
         )
