@@ -49,7 +49,8 @@ class Limits:
     max_deaths: int = 24
     """Deaths in a row without one finished request in between. Bisecting a full window for a poison prompt needs about a dozen."""
     backoff_s: float = 0.25
-    """Pause before the fourth start in a row, doubled for each further one up to 10 s."""
+    """Pause after an engine died with nothing to do, or before it was ready; doubled each time, up to 10 s. One that died over
+    requests is started again at once: what killed it is found by trying."""
 
 
 class Listener(Protocol):
@@ -124,6 +125,7 @@ class Supervisor:
         self._sign = 0.0
         self._deaths = 0
         self._start_failures = 0
+        self._causeless = 0
         self._first = threading.Event()
         self._first_error: HeadraceError | None = None
         self._thread = threading.Thread(target=self._run, name="headrace-engine", daemon=True)
@@ -187,7 +189,7 @@ class Supervisor:
 
     def note_progress(self) -> None:
         """Count the deaths anew: a request was finished, so the engine works."""
-        self._deaths = 0
+        self._deaths = self._causeless = 0
 
     def emit(self, level: int, kind: str, message: str, **fields: Any) -> None:
         """Log an event and tell who listens to events."""
@@ -229,7 +231,7 @@ class Supervisor:
             self.emit(logging.ERROR, "engine_given_up", message, deaths=self._deaths)
             self._guard(partial(self._listener.on_failed, EngineError(message)))
             return False
-        pause = 0.0 if self._deaths <= 3 else min(self._limits.backoff_s * 2 ** (self._deaths - 4), 10.0)
+        pause = min(self._limits.backoff_s * 2 ** (self._causeless - 1), 10.0) if self._causeless else 0.0
         self.emit(
             logging.WARNING,
             "engine_restarting",
@@ -255,10 +257,11 @@ class Supervisor:
         while self._death is None and not self._closing:
             self._poll(self._limits.poll_s)
             self._examine(started)
-        was_ready = self._is_ready
+        was_ready, was_busy = self._is_ready, self._listener.is_busy()
         self._stop_group()
         if self._death is not None and not self._closing:
             self._deaths += 1
+            self._causeless = 0 if was_ready and was_busy else self._causeless + 1
             self._start_failures = 0 if was_ready else self._start_failures + 1
             if was_ready:
                 self.emit(
