@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 
 from engine import kv_cache
 from engine.kv_cache import MemoryReport
-from engine.models.decoder import Decoder
+from engine.models.decoder import Decoder, LayerCache
 from engine.models.loading import load_decoder
 from engine.options import EngineOptions
 from engine.parallel import (
@@ -30,7 +31,7 @@ from engine.parallel import (
 )
 from engine.plan import RunningStep, StepPlan
 from engine.profile import activation_bytes
-from engine.runner import Runner
+from engine.runner import Forward, Runner
 from engine.sampler import Sampler
 from engine.state_table import StateTable
 
@@ -57,7 +58,7 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         )
     slots = options.max_batch_size
     runner = Runner(
-        forward=decoder.forward,
+        forward=_forward(options, decoder, caches),
         caches=caches,
         table=StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device),
         sampler=Sampler(num_slots=slots, vocab_size=decoder.spec.vocab_size, device=device),
@@ -67,6 +68,23 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         extra={"event": "model_loaded", "rank": group.rank, "tp": group.size, **kv_cache.report(memory)},
     )
     return _Rank(runner, memory)
+
+
+def _forward(options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache]) -> Forward:
+    """Choose how steps run: the model as it is, or on a GPU captured graphs where a plan has only single tokens."""
+    if options.device == "cpu" or options.eager_mode:
+        return decoder.forward
+    from engine.graphs import GraphForward  # needed on a GPU alone
+
+    graphs = GraphForward(
+        decoder,
+        caches,
+        max_rows=options.max_batch_size,
+        max_blocks=options.max_blocks_per_sequence,
+        session_len=options.session_len,
+    )
+    graphs.capture()
+    return graphs
 
 
 def _measure(

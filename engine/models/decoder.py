@@ -77,6 +77,10 @@ class Decoder:
 
     def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Run the blocks, write the step's keys and values, and give float32 logits [R, V] of the sampled tokens."""
+        return self.head(self.hidden(inputs, caches))
+
+    def hidden(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
+        """Give what the head reads: the normed hidden states [R, D] of the sampled tokens. Keys and values are written."""
         eps = self.spec.norm_eps
         residual_TD = self.embedding(inputs.tokens_T)
         x_TD = rms_norm(residual_TD, self.layers[0].input_norm_D, eps)
@@ -86,9 +90,7 @@ class Decoder:
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
             x_TD = layer.down(silu_mul(layer.gate_up(x_TD)))
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
-        if inputs.sampled_R is not None:
-            x_TD = x_TD.index_select(0, inputs.sampled_R)
-        return self.head(x_TD)
+        return x_TD if inputs.sampled_R is None else x_TD.index_select(0, inputs.sampled_R)
 
     def _attend(self, layer: Layer, cache: LayerCache, x_TD: Tensor, inputs: StepInputs) -> Tensor:
         spec = self.spec
