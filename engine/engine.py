@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from engine.draft import PlannedStep
 from engine.plan import Executor, RunningStep
 from engine.request import TokenOutput, TokenRequest
-from engine.scheduler import PlannedStep, Scheduler
+from engine.scheduler import Scheduler
 from engine.sequence import SequenceState
 from engine.stats import EngineStats
 from headrace.completion import CompletionError, FinishReason, TokenLogprobs

@@ -22,40 +22,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import islice
-from typing import NamedTuple
 
 from engine.blocks import BlockPool
+from engine.draft import PlanDraft, PlannedStep
 from engine.forecast import Forecast, Load, OutputLengths
-from engine.plan import Admission, PlanRow, StepPlan
+from engine.plan import Admission, PlanRow
 from engine.request import TokenRequest
 from engine.sequence import SequenceState
 from headrace.errors import ContextLengthExceeded, InvalidRequest, KVCapacity
-
-
-class PlannedStep(NamedTuple):
-    """A plan, and whom its sampled tokens belong to."""
-
-    plan: StepPlan
-    sampled: tuple[SequenceState, ...]
-    """One for each row that samples, in the order of the rows."""
-    admitted: tuple[SequenceState, ...]
-
-
-class _Draft:
-    """A plan in the making."""
-
-    __slots__ = ("admitted", "admitted_states", "budget", "chunks", "sampled_by_chunks", "sampled_by_singles", "singles")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        """Tokens that the step may still take."""
-        # Rows of one token stand first in a plan, so they are collected apart.
-        self.singles: list[PlanRow] = []
-        self.chunks: list[PlanRow] = []
-        self.sampled_by_singles: list[SequenceState] = []
-        self.sampled_by_chunks: list[SequenceState] = []
-        self.admitted: list[Admission] = []
-        self.admitted_states: list[SequenceState] = []
 
 
 class Scheduler:
@@ -145,18 +119,17 @@ class Scheduler:
     def plan(self) -> PlannedStep | None:
         """Reserve what the next step needs and say what it computes; None: there is nothing to compute."""
         self._settle()
-        draft = _Draft(self._token_budget)
+        draft = PlanDraft(self._token_budget)
         preemptions = self.preemptions
         self._continue_running(draft)
         self._steps_since_admission += 1
         # A request preempted by this very plan has a token in flight: it can't come back before the host has read it.
         if self.preemptions == preemptions and self._may_admit():
             self._admit(draft)
-        if not draft.singles and not draft.chunks:
+        if draft.is_empty:
             return None
         self._step += 1
-        plan = StepPlan(step=self._step, admitted=tuple(draft.admitted), rows=(*draft.singles, *draft.chunks))
-        return PlannedStep(plan, (*draft.sampled_by_singles, *draft.sampled_by_chunks), tuple(draft.admitted_states))
+        return draft.finish(self._step)
 
     def finish(self, sequence: SequenceState, *, completed: bool) -> None:
         """Release a request that ended, wherever it is. `completed`: its length is worth learning from."""
@@ -210,7 +183,7 @@ class Scheduler:
             self._release(sequence)
         self._leaving.clear()
 
-    def _continue_running(self, draft: _Draft) -> None:
+    def _continue_running(self, draft: PlanDraft) -> None:
         """Give each running request its next token, oldest first, and what is left of the budget to unfinished prompts."""
         running = list(self._running.values())
         unfinished: list[SequenceState] = []
@@ -272,21 +245,18 @@ class Scheduler:
         sequence.capacity += self._block_size
         return tuple(block)
 
-    def _add_chunk(self, draft: _Draft, sequence: SequenceState) -> None:
+    def _add_chunk(self, draft: PlanDraft, sequence: SequenceState) -> None:
         """Compute as much of a prompt as the budget allows; its blocks are there since its admission."""
         start = sequence.num_computed
         count = min(sequence.num_tokens - start, draft.budget)
         end = start + count
         samples = end == sequence.num_tokens
         assert sequence.slot is not None, "a chunk of a sequence that doesn't run"
-        row = PlanRow(sequence.slot, start, count, samples, sequence.generated, ())
-        (draft.singles if count == 1 else draft.chunks).append(row)
-        draft.budget -= count
+        draft.add(PlanRow(sequence.slot, start, count, samples, sequence.generated, ()), sequence)
         sequence.num_computed = end
         if self._caching:
             self._unregistered.append(sequence)
         if samples:
-            (draft.sampled_by_singles if count == 1 else draft.sampled_by_chunks).append(sequence)
             sequence.num_tokens += 1
             if sequence.num_tokens == sequence.final:
                 self._leave(sequence)
@@ -314,7 +284,7 @@ class Scheduler:
             or self._steps_since_admission >= self._prefill_interval
         )
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: PlanDraft) -> None:
         """Let requests in, in order, while slots, tokens and blocks last.
 
         Passed over is only a request whose prefix another one is computing right now: a step later it finds it in the
@@ -367,7 +337,7 @@ class Scheduler:
         size = sequence.num_tokens - sequence.shared_blocks * self._block_size + self._block_size // 2
         return Load(left, size)
 
-    def _start(self, sequence: SequenceState, cached: list[int], draft: _Draft) -> None:
+    def _start(self, sequence: SequenceState, cached: list[int], draft: PlanDraft) -> None:
         """Give a waiting request a slot, blocks for all its known tokens, and its first chunk."""
         assert len(sequence.tokens) == sequence.num_tokens, "admitted with tokens still in flight"
         del self._waiting[sequence.arrival]

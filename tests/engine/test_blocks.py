@@ -100,7 +100,10 @@ def test_check_integrity_sees_a_leak_and_a_double_owner():
         pool.check_integrity([[block], [block]])
 
 
-@given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), max_size=4), st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), max_size=4))
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), max_size=4),
+    st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), max_size=4),
+)
 def test_chained_keys_are_equal_exactly_when_all_tokens_before_are(one, other):
     def chain(blocks):
         key = ROOT_KEY

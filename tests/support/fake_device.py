@@ -33,7 +33,9 @@ class FakeOptions:
     session_len: int = 256
 
 
-def request(name: str, prompt, *, max_new_tokens: int = 8, stream: bool = False, stop_ids=(), eos_ids=(EOS,), **config) -> TokenRequest:
+def request(
+    name: str, prompt, *, max_new_tokens: int = 8, stream: bool = False, stop_ids=(), eos_ids=(EOS,), **config
+) -> TokenRequest:
     return TokenRequest(
         request_id=name,
         prompt_ids=tuple(prompt),
