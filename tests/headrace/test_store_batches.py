@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,27 @@ from headrace.store import ChunkMessage, Store
 from headrace.store.tables import batches, chunks, completions, prompts
 
 CONFIG = GenerationConfig(max_new_tokens=7, random_seed=2**64 - 1, stop_words=("\n", "é"), logit_bias={3: -1.5})
-HARD = ["", " ", "é漢字🎉", "nul \x00 inside", "lone \ud800 surrogate", '"quotes" \\ \n\r\t', [{"role": "user", "content": "hi"}]]
+HARD = [
+    "",
+    " ",
+    "é漢字🎉",
+    "nul \x00 inside",
+    "lone \ud800 surrogate",
+    '"quotes" \\ \n\r\t',
+    [{"role": "user", "content": "hi"}],
+]
 
 
 def test_a_batch_comes_back_as_it_was_asked_for(store: Store) -> None:
     batch = store.create_batch(
-        ["a", "b", "c"], CONFIG, model="m", chunk_size=2, metadata={"k": "v"}, priority=5, completion_window="30m", endpoint="/v1/x"
+        ["a", "b", "c"],
+        CONFIG,
+        model="m",
+        chunk_size=2,
+        metadata={"k": "v"},
+        priority=5,
+        completion_window="30m",
+        endpoint="/v1/x",
     )
     assert batch == store.get_batch(batch.id)
     assert (batch.status, batch.gen_config, batch.model) == (BatchStatus.IN_PROGRESS, CONFIG, "m")
@@ -33,7 +49,7 @@ def test_a_batch_comes_back_as_it_was_asked_for(store: Store) -> None:
     assert batch.expires_at == pytest.approx(batch.created_at + 1800, abs=0.5)
     assert batch.in_progress_at is not None
     assert batch.started_at is None
-    assert batch.id.startswith("batch_") and len(batch.id) == 38
+    assert re.fullmatch(r"batch_[0-9a-f]{32}", batch.id)
     check(store, batch.id)
 
 
@@ -56,7 +72,14 @@ def test_answers_of_every_kind_come_back_unchanged(store: Store) -> None:
         Completion(
             index=0,
             choices=tuple(
-                Choice(index=i, text=f"\x00\ud83d {i}", token_ids=(9, 8), finish_reason="length", stop_detail=None, logprobs=logprobs)
+                Choice(
+                    index=i,
+                    text=f"\x00\ud83d {i}",
+                    token_ids=(9, 8),
+                    finish_reason="length",
+                    stop_detail=None,
+                    logprobs=logprobs,
+                )
                 for i in range(2)
             ),
             usage=TokenUsage(prompt_tokens=5, cached_tokens=4, completion_tokens=4),
@@ -89,7 +112,7 @@ def test_refused_prompts_are_failed_rows_at_once_and_not_sent(store: Store) -> N
 def test_a_batch_whose_every_prompt_is_refused_is_over_at_once(store: Store) -> None:
     batch = submit(store, 5, refused=range(5), chunk_size=2)
     assert batch.status is BatchStatus.COMPLETED
-    assert batch.finalizing_at is not None and batch.completed_at is not None
+    assert None not in (batch.finalizing_at, batch.completed_at)
     assert send(store) == []
     check(store, batch.id)
 

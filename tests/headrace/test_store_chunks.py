@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from store_driver import answer, answers, check, chunk_rows, execute, lapse, send, submit, take, work_off
 from sqlalchemy import update
+from store_driver import answer, answers, check, chunk_rows, execute, lapse, send, submit, take, work_off
 
 from headrace.batch import BatchStatus
 from headrace.store import Claim, RecordStatus, Store
@@ -150,7 +150,9 @@ def test_one_transaction_for_many_claims_and_one_void_claim_among_them(store: St
     lapse(store, b.chunk_id)
     heir = claim_one(store, b.chunk_id, "heir")
     store.cancel_batch(three.id)
-    results = store.record_many([(c, answers([0])), (a, answers([0, 1])), (b, answers([0])), (heir, answers([3])), (a, answers([1, 2]))])
+    results = store.record_many(
+        [(c, answers([0])), (a, answers([0, 1])), (b, answers([0])), (heir, answers([3])), (a, answers([1, 2]))]
+    )
     assert [(result.claim, result.status, result.is_held) for result in results] == [
         (c, RecordStatus.CANCELLED, False),
         (a, RecordStatus.OK, True),

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from servers import PostgresServer, wait_until
 from sqlalchemy import event, exc, text
-from store_driver import answers, check, execute, lapse, pragma, send, submit, take, work_off
+from store_driver import answers, check, execute, pragma, send, submit, take, work_off
 
 from headrace.batch import BatchStatus
 from headrace.errors import InvalidRequest, StorageFull, StoreUnavailable
@@ -78,7 +78,9 @@ def test_one_of_many_claimants_wins(store: Store) -> None:
 
 def test_many_dispatchers_send_no_chunk_twice(store: Store) -> None:
     submit(store, 60, chunk_size=1)
-    sent = [ref.chunk_id for refs in in_threads(6, lambda _: [r for _ in range(10) for r in send(store, limit=2)]) for ref in refs]
+    sent = [
+        ref.chunk_id for refs in in_threads(6, lambda _: [r for _ in range(10) for r in send(store, limit=2)]) for ref in refs
+    ]
     assert len(sent) == len(set(sent)) <= 60
     assert len(sent) + len(send(store)) == 60
 
@@ -194,12 +196,19 @@ def test_a_postgres_that_is_down_is_unavailable_until_it_is_back(postgres_server
         assert check(store, batch.id).counts.completed == 4
 
 
-def test_a_postgres_that_runs_out_of_space_is_full_until_it_has_some(postgres_server: PostgresServer, postgres_url: str) -> None:
+def test_a_postgres_that_runs_out_of_space_is_full_until_it_has_some(
+    postgres_server: PostgresServer, postgres_url: str
+) -> None:
     with Store(postgres_url, create=True) as store:
         batch = submit(store, 4)
         (claim,) = take(store)
         # What the server says when a write fails with ENOSPC, said by a trigger.
-        execute(store, text("CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100'; END $$"))
+        execute(
+            store,
+            text(
+                "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no space left' USING ERRCODE = '53100'; END $$"
+            ),
+        )
         execute(store, text("CREATE TRIGGER no_space BEFORE INSERT ON completions EXECUTE FUNCTION no_space()"))
         with pytest.raises(StorageFull):
             store.record(claim, answers([0]))
@@ -367,6 +376,11 @@ def test_an_sqlite_path_means_the_same_file_wherever_the_process_goes(tmp_path: 
 
 def test_sqlite_is_opened_as_it_must_be(tmp_path: Path) -> None:
     with Store(f"sqlite:///{tmp_path / 'db'}", create=True) as store:
-        assert [pragma(store, name) for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")] == ["wal", 2, 1, 30_000]
+        assert [pragma(store, name) for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")] == [
+            "wal",
+            2,
+            1,
+            30_000,
+        ]
         with pytest.raises(StoreUnavailable, match="readonly"):
             store._database.read(lambda connection: connection.execute(text("DELETE FROM batches")))

@@ -5,7 +5,6 @@ states follow the arrows, rows partition the prompts, the first answer stays, an
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,7 +45,9 @@ class Life(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 7), size=st.integers(1, 4), refused=st.sets(st.integers(0, 6)), priority=st.integers(-1, 1))
     def submit(self, count: int, size: int, refused: set[int], priority: int) -> None:
-        batch = submit(self.store, count, model=self.model, chunk_size=size, refused=refused & set(range(count)), priority=priority)
+        batch = submit(
+            self.store, count, model=self.model, chunk_size=size, refused=refused & set(range(count)), priority=priority
+        )
         self.statuses[batch.id] = batch.status
 
     @rule(target=refs, limit=st.integers(1, 4), grace_s=st.sampled_from([0.0, 60.0]))
@@ -164,8 +165,8 @@ class Life(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def life(store: Store) -> Iterator[type[Life]]:
-    yield type("LifeHere", (Life,), {"store": store})
+def life(store: Store) -> type[Life]:
+    return type("LifeHere", (Life,), {"store": store})
 
 
 def test_a_random_life(life: type[Life]) -> None:

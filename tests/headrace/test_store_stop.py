@@ -62,7 +62,16 @@ def one_lapsed(store: Store, _batch: Batch) -> list[Claim]:
     return []
 
 
-MOMENTS = [nothing_sent, all_sent, one_held, one_half_recorded, one_recorded_not_finished, one_done_two_held, all_held, one_lapsed]
+MOMENTS = [
+    nothing_sent,
+    all_sent,
+    one_held,
+    one_half_recorded,
+    one_recorded_not_finished,
+    one_done_two_held,
+    all_held,
+    one_lapsed,
+]
 
 
 def by_record(store: Store, claim: Claim) -> None:
@@ -100,13 +109,14 @@ def test_a_batch_can_be_cancelled_at_any_moment(store: Store, moment: Moment) ->
     before = codes(store, batch.id)
     stopped = store.cancel_batch(batch.id)
     assert stopped.status is (BatchStatus.CANCELLING if held else BatchStatus.CANCELLED)
-    assert store.cancel_batch(batch.id).status is BatchStatus.CANCELLING if held else True
+    if held:
+        assert store.cancel_batch(batch.id).status is BatchStatus.CANCELLING, "asking twice does no harm"
     assert send(store) == []
     for claim in held:
         by_record(store, claim)
     done = check(store, batch.id)
     assert done.status is BatchStatus.CANCELLED
-    assert done.cancelling_at is not None and done.cancelled_at is not None and done.cancelling_at <= done.cancelled_at
+    assert done.cancelling_at <= done.cancelled_at  # type: ignore[operator]
     after = codes(store, batch.id)
     assert len(after) == 12
     assert set(after) <= {None, "batch_cancelled"}
@@ -116,7 +126,9 @@ def test_a_batch_can_be_cancelled_at_any_moment(store: Store, moment: Moment) ->
     assert check(store, bystander.id).status is BatchStatus.IN_PROGRESS
 
 
-@pytest.mark.parametrize("way", [by_record, by_empty_record, by_renew, by_finish, by_release, by_dying], ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "way", [by_record, by_empty_record, by_renew, by_finish, by_release, by_dying], ids=lambda way: way.__name__
+)
 def test_a_worker_learns_of_the_end_by_whatever_it_says_next(store: Store, way: Callable[[Store, Claim], None]) -> None:
     batch = submit(store, 8, chunk_size=4)
     (claim,) = take(store, limit=1)

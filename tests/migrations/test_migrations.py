@@ -56,7 +56,12 @@ def tables(database: Database) -> set[str]:
 
 def test_the_migrations_end_where_the_tables_are(store: Store) -> None:
     assert differences(store._database) == []
-    indexes = {index.name for table in metadata.tables.values() for index in table.indexes if index.dialect_options["sqlite"]["where"] is not None}
+    indexes = {
+        index.name
+        for table in metadata.tables.values()
+        for index in table.indexes
+        if index.dialect_options["sqlite"]["where"] is not None
+    }
     assert set(partial_indexes(store._database)) == indexes != set()
 
 

@@ -98,22 +98,22 @@ def attention_case(
 
 def naive_attention(case: AttentionCase) -> Tensor:
     """Position by position, in float64."""
-    q_TNH, metadata = case.q_TNH.double().cpu(), case.metadata
-    k_cache, v_cache = case.k_cache_BKSH.double().cpu(), case.v_cache_BKSH.double().cpu()
+    q_TNH, metadata = case.q_TNH.double(), case.metadata
+    k_cache, v_cache = case.k_cache_BKSH.double(), case.v_cache_BKSH.double()
     num_heads, (_, kv_heads, size, _) = q_TNH.shape[1], k_cache.shape
     out = torch.zeros_like(q_TNH)
     starts, contexts = metadata.query_start_R1.tolist(), metadata.context_lens_R.tolist()
     for row, context in enumerate(contexts):
         if not context:
             continue
-        position = torch.arange(context)
-        block = metadata.block_tables_RP[row].cpu().long()[position // size]
+        position = torch.arange(context, device=q_TNH.device)
+        block = metadata.block_tables_RP[row].long()[position // size]
         k_CKH, v_CKH = k_cache[block, :, position % size], v_cache[block, :, position % size]
         k_CNH = k_CKH.repeat_interleave(num_heads // kv_heads, dim=1)
         v_CNH = v_CKH.repeat_interleave(num_heads // kv_heads, dim=1)
         length = starts[row + 1] - starts[row]
         scores_QNC = torch.einsum("qnh,cnh->qnc", q_TNH[starts[row] : starts[row + 1]], k_CNH) * case.scale
-        query_Q11 = (context - length + torch.arange(length))[:, None, None]
+        query_Q11 = torch.arange(context - length, context, device=q_TNH.device)[:, None, None]
         visible = position <= query_Q11
         if case.sliding_window is not None:
             visible &= position > query_Q11 - case.sliding_window

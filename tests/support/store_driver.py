@@ -121,7 +121,9 @@ def _recount(rows: Sequence[Any]) -> dict[str, int]:
 
 def count(store: Store, table: Any) -> int:
     """Return how many rows a table has."""
-    return int(store._database.read(lambda connection: connection.execute(select(func.count()).select_from(table)).scalar_one()))
+    return int(
+        store._database.read(lambda connection: connection.execute(select(func.count()).select_from(table)).scalar_one())
+    )
 
 
 def pragma(store: Store, name: str) -> Any:

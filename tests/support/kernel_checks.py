@@ -1,0 +1,295 @@
+"""Every Triton kernel held to its reference: the same checks interpreted on a CPU, run on a GPU, and before a benchmark.
+
+`python tests/support/kernel_checks.py [--device cpu|cuda] [--only OP …] [--dtypes float32 …]` prints a JSON line a check and fails if one failed. Interpreting
+wants TRITON_INTERPRET=1 set before the process starts, and cannot do bfloat16: the interpreter computes it silently wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[2])]
+
+import torch
+from kernel_cases import ATTENTION_TOLERANCE, attention_case, naive_attention, relative_error, sampling_inputs
+from torch import Tensor
+
+from kernels import reference, reference_sampling
+from kernels.gpu import attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul
+from kernels.sampling import SamplingInputs
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+class Check(NamedTuple):
+    """One comparison: an error that is NaN or above its bound failed."""
+
+    op: str
+    case: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+class Scale(NamedTuple):
+    """Where checks run and how large they may be (the interpreter needs 10 to 30 ms a program)."""
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    small: bool
+
+
+def _randn(scale: Scale, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=scale.device).mul_(2).to(dtype)
+
+
+def check_rms_norm(scale: Scale) -> Iterator[Check]:
+    shapes = (
+        [(1, 1), (3, 100), (63, 576)] if scale.small else [(1, 1), (63, 100), (100, 576), (257, 4096), (5, 8192), (7, 16384)]
+    )
+    for dtype, (tokens, dim) in itertools.product(scale.dtypes, shapes):
+        wide = _randn(scale, dtype, tokens, dim + 8)
+        x, weight, residual = wide[:, :dim], _randn(scale, dtype, dim), _randn(scale, dtype, tokens, dim)
+        case, bound = f"{tokens}x{dim} {dtype}", TOLERANCE[dtype]
+        expected = reference.rms_norm(x.double(), weight, 1e-5)
+        yield Check("rms_norm", case, relative_error(rms_norm.rms_norm(x, weight, 1e-5), expected), bound)
+        total = (x.double() + residual.double()).to(dtype)
+        out, new_residual = rms_norm.add_rms_norm(x, residual, weight, 1e-5)
+        yield Check("add_rms_norm", case + " sum", relative_error(new_residual, total), 0.0)
+        yield Check("add_rms_norm", case, relative_error(out, reference.rms_norm(total.double(), weight, 1e-5)), bound)
+
+
+def check_silu_mul(scale: Scale) -> Iterator[Check]:
+    shapes = [(1, 1), (3, 100), (2, 1536)] if scale.small else [(1, 1), (63, 100), (100, 1536), (257, 14336)]
+    for dtype, (tokens, dim) in itertools.product(scale.dtypes, shapes):
+        x = _randn(scale, dtype, tokens, 2 * dim)
+        error = relative_error(silu_mul.silu_mul(x), reference.silu_mul(x.double()))
+        yield Check("silu_mul", f"{tokens}x{dim} {dtype}", error, TOLERANCE[dtype])
+
+
+def check_rotary(scale: Scale) -> Iterator[Check]:
+    heads = [(1, 1, 64, 64), (9, 3, 96, 96), (4, 2, 128, 32)]
+    if not scale.small:
+        heads += [(32, 8, 128, 128), (16, 1, 256, 256), (14, 2, 64, 64)]
+    tokens = 3 if scale.small else 100
+    for dtype, (num, kv, dim, rotary_dim), norm in itertools.product(scale.dtypes, heads, (False, True)):
+        qkv = _randn(scale, dtype, tokens, num + 2 * kv, dim)
+        q, k, v = qkv.split([num, kv, kv], dim=1)
+        angles = torch.rand(50, rotary_dim // 2, device=scale.device) * 6
+        cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
+        positions = torch.randint(0, 50, (tokens,), device=scale.device)
+        slots = torch.randperm(tokens * 2, device=scale.device)[:tokens]
+        slots[1] = -1
+        norms = (_randn(scale, dtype, dim), _randn(scale, dtype, dim)) if norm else (None, None)
+        got = torch.full((2, tokens // 8 * 2 + 2, kv, 8, dim), torch.nan, dtype=dtype, device=scale.device)
+        want = got.double()
+        out = rotary.rotary_kv_write(q, k, v, cos_sin, positions, slots, *got, *norms, 1e-6)
+        expected = reference.rotary_kv_write(q.double(), k.double(), v.double(), cos_sin, positions, slots, *want, *norms, 1e-6)
+        case = f"{num}/{kv} heads of {dim}, {rotary_dim} rotated, norm={norm} {dtype}"
+        yield Check("rotary q", case, relative_error(out, expected), TOLERANCE[dtype])
+        untouched = float((got.isnan() != want.isnan()).any())
+        error = relative_error(got.nan_to_num(0), want.nan_to_num(0)) + untouched
+        yield Check("rotary kv", case, error, TOLERANCE[dtype])
+
+
+def check_blocks(scale: Scale) -> Iterator[Check]:
+    for dtype in scale.dtypes:
+        caches = [_randn(scale, dtype, 9, 3, 16, 24), _randn(scale, dtype, 9, 2, 64, 128)]
+        before = [cache.clone() for cache in caches]
+        blocks.copy_blocks(caches, torch.tensor([(1, 5), (1, 6), (8, 0)], device=scale.device))
+        order = [8, 1, 2, 3, 4, 1, 1, 7, 8]
+        error = max(relative_error(cache, old[order]) for cache, old in zip(caches, before, strict=True))
+        yield Check("copy_blocks", str(dtype), error, 0.0)
+
+
+# Query heads, kv heads, head dim, block size: every value of each, not every combination (each is a compilation).
+ATTENTION_SHAPES = [
+    (9, 3, 64, 16),
+    (32, 8, 64, 64),
+    (4, 4, 96, 32),
+    (16, 1, 96, 64),
+    (32, 8, 128, 64),
+    (32, 8, 128, 128),
+    (40, 8, 128, 16),
+    (4, 4, 256, 64),
+    (16, 1, 256, 16),
+]
+
+
+def _attention_error(scale: Scale, lens: list[tuple[int, int]], **options: object) -> float:
+    case = attention_case(lens, device=scale.device, **options)
+    arguments = (case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, case.sliding_window)
+    return relative_error(attention.paged_attention(*arguments), naive_attention(case))
+
+
+def check_decode(scale: Scale) -> Iterator[Check]:
+    lens = [(1, n) for n in ((0, 1, 63, 100, 64) if scale.small else (0, 1, 63, 64, 65, 100, 777, 2048, 1500, 16))]
+    shapes = [(4, 4, 64, 16), (6, 2, 96, 64)] if scale.small else ATTENTION_SHAPES
+    for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
+        for window in (None, 50):
+            options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
+            error = _attention_error(scale, lens, sliding_window=window, **options)
+            case = f"{heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}"
+            yield Check("decode_attention", case, error, ATTENTION_TOLERANCE[dtype])
+
+
+def check_decode_splits(scale: Scale) -> Iterator[Check]:
+    """The same rows however they are cut, given lengths that leave some shares empty."""
+    for dtype, splits, window in itertools.product(scale.dtypes, (2, 4), (None, 300)):
+        lens = [(1, n) for n in (0, 5, 256, 257, 600, 1100)]
+        case = attention_case(lens, heads=6, kv_heads=2, block_size=64, dtype=dtype, device=scale.device, sliding_window=window)
+        out = torch.full_like(case.q_TNH, torch.nan)
+        decode_attention.decode_attention(
+            case.q_TNH,
+            case.k_cache_BKSH,
+            case.v_cache_BKSH,
+            case.metadata.block_tables_RP,
+            case.metadata.context_lens_R,
+            out,
+            scale=case.scale,
+            sliding_window=window,
+            shape=decode_attention.DecodeShape(tile=64, splits=splits, num_warps=2, stages=3),
+        )
+        error = relative_error(out, naive_attention(case))
+        yield Check("decode_attention", f"{splits} splits, window={window} {dtype}", error, ATTENTION_TOLERANCE[dtype])
+
+
+def check_prefill(scale: Scale) -> Iterator[Check]:
+    lens = [(5, 5), (2, 70), (100, 130)] if scale.small else [(63, 63), (100, 100), (5, 1000), (2, 2), (300, 812), (1000, 1000)]
+    lens += [(1, 33), (1, 1)]
+    shapes = [(4, 2, 64, 16), (2, 2, 96, 64)] if scale.small else ATTENTION_SHAPES
+    for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
+        for window in (None, 40):
+            options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
+            error = _attention_error(scale, lens, sliding_window=window, **options)
+            case = f"mixed rows, {heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}"
+            yield Check("prefill_attention", case, error, ATTENTION_TOLERANCE[dtype])
+
+
+def draw_distance(logits_RV: Tensor, tokens_R: Tensor, inputs: SamplingInputs) -> float:
+    """How far the worst row's uniform number lies outside its token's share of the kept probabilities; 1 if it was not kept.
+
+    Where top-p's bound falls within rounding of a cumulative sum, either side of it is right.
+    """
+    u_R = reference_sampling.uniform(inputs.seed_R, inputs.position_R, inputs.choice_R).double()
+    worst = 0.0
+    for row, token in enumerate(tokens_R.tolist()):
+        if inputs.greedy_R[row]:
+            worst = max(worst, float(token != int(logits_RV[row].argmax())))
+            continue
+        x_V = (logits_RV[row] / inputs.temperature_R[row]).double()
+        k, p, min_p = int(inputs.top_k_R[row]), float(inputs.top_p_R[row]), float(inputs.min_p_R[row])
+        distances = []
+        for share in {p, p * (1 - 1e-5), min(1.0, p * (1 + 1e-5))} if p < 1 else {p}:
+            sorted_V = x_V.sort(descending=True).values
+            floor = sorted_V[min(k, len(x_V)) - 1] if k else sorted_V[-1]
+            weight_V = torch.where(sorted_V >= floor, (sorted_V - sorted_V[0]).exp(), 0.0)
+            if share < 1:
+                above_V = weight_V.cumsum(0) - weight_V
+                floor = torch.maximum(floor, sorted_V[above_V <= share * weight_V.sum()][-1])
+            if min_p:
+                floor = torch.maximum(floor, sorted_V[0] + torch.tensor(min_p).log() - 1e-6)
+            kept_V = torch.where(x_V >= floor, (x_V - sorted_V[0]).exp(), 0.0)
+            upper = kept_V[: token + 1].sum() / kept_V.sum()
+            lower = upper - kept_V[token] / kept_V.sum()
+            outside = max(0.0, float(lower - u_R[row]), float(u_R[row] - upper))
+            distances.append(outside if kept_V[token] > 0 else 1.0)
+        worst = max(worst, min(distances))
+    return worst
+
+
+_WISHES: tuple[dict[str, float], ...] = (
+    {},
+    {"greedy": True},
+    {"top_k": 1},
+    {"top_k": 40, "top_p": 0.95},
+    {"top_p": 0.9},
+    {"temperature": 0.5, "min_p": 0.1},
+    {"top_k": 7, "min_p": 0.2},
+    {"top_p": 0.999999},
+    {"top_k": 3000},
+    {"temperature": 2.0, "top_k": 900, "top_p": 0.7, "min_p": 0.001},
+)
+_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "smooth": lambda x: x * 3,
+    "tied": lambda x: (x * 4).round() / 2,
+    "flat": lambda x: x * 0.01,
+    "banned": lambda x: torch.where(x < 0, -torch.inf, x),
+}
+
+
+def check_sampling(scale: Scale) -> Iterator[Check]:
+    vocabs = (63, 5000) if scale.small else (63, 1000, 49152, 128256)
+    for vocab, (kind, shape_of) in itertools.product(vocabs, _KINDS.items()):
+        if scale.small and vocab > 1000 and kind in ("tied", "banned"):
+            continue
+        rows = len(_WISHES) * (1 if scale.small else 4)
+        logits = shape_of(torch.randn(rows, vocab)).to(scale.device)
+        columns = {
+            name: [wish.get(name, default) for wish in _WISHES] * (rows // len(_WISHES))
+            for name, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("greedy", False))
+        }
+        inputs = sampling_inputs(rows, seed=vocab, device=scale.device, **columns)
+        tokens = sampling.sample(logits, inputs, True, True, True, True)
+        yield Check("sample", f"{kind}, vocabulary {vocab}", draw_distance(logits, tokens, inputs), 2e-5)
+        best = sampling.sample(logits, inputs, False, False, False, False)
+        yield Check("sample", f"{kind}, vocabulary {vocab}, greedy", float((best != logits.argmax(-1)).sum()), 0.0)
+        off = SamplingInputs(*inputs)._replace(
+            top_k_R=torch.zeros_like(inputs.top_k_R),
+            top_p_R=torch.ones_like(inputs.top_p_R),
+            min_p_R=torch.zeros_like(inputs.min_p_R),
+        )
+        plain = sampling.sample(logits, inputs, True, False, False, False)
+        yield Check("sample", f"{kind}, vocabulary {vocab}, no filter", draw_distance(logits, plain, off), 2e-5)
+
+
+CHECKS: dict[str, Callable[[Scale], Iterator[Check]]] = {
+    "rms_norm": check_rms_norm,
+    "silu_mul": check_silu_mul,
+    "rotary": check_rotary,
+    "blocks": check_blocks,
+    "decode": check_decode,
+    "decode_splits": check_decode_splits,
+    "prefill": check_prefill,
+    "sampling": check_sampling,
+}
+
+
+def run_checks(names: Sequence[str], dtypes: Sequence[str], device: str) -> Iterator[Check]:
+    """Run the named checks on a device, in memory where everything uninitialised is NaN."""
+    torch.manual_seed(0)
+    scale = Scale(device, tuple(getattr(torch, dtype) for dtype in dtypes), small=device == "cpu")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for name in names:
+            yield from CHECKS[name](scale)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def main() -> int:
+    """Print a line a check; the exit status says whether all passed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="+", default=list(CHECKS), choices=list(CHECKS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"])
+    arguments = parser.parse_args()
+    failed = 0
+    for check in run_checks(arguments.only, arguments.dtypes, arguments.device):
+        print(json.dumps({**check._asdict(), "passed": check.passed}), flush=True)
+        failed += not check.passed
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
