@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from pydantic.json_schema import models_json_schema
 
-from api.examples import problem_kinds
+from api.examples import problem_kinds, restore_nulls
 from headrace.schemas import BatchCreate
 
 _REF = "#/components/schemas/"
@@ -80,9 +80,8 @@ def install(app: FastAPI) -> None:
             document = generated()
             _, definitions = models_json_schema([(BatchCreate, "validation")], ref_template=_REF + "{model}")
             document["components"]["schemas"] |= definitions["$defs"]
-            # FastAPI documents its own form of validation errors, which this service never sends.
-            for name in ("HTTPValidationError", "ValidationError"):
-                document["components"]["schemas"].pop(name, None)
+            document = restore_nulls(document)
+            _drop_foreign_errors(document)
             app.openapi_schema = document
         return app.openapi_schema
 
@@ -95,6 +94,16 @@ def install(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     def root() -> Response:
         return Response(status_code=307, headers={"location": "/docs"})
+
+
+def _drop_foreign_errors(document: dict[str, Any]) -> None:
+    """Remove FastAPI's own form of validation errors: an operation that can answer 422 says so itself, with a problem."""
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -166,9 +175,7 @@ def _operation(method: str, path: str, operation: Mapping[str, Any], schemas: Ma
         for example in content.get("examples", {}).values():
             body += f"<details><summary>Example: {escape(example['summary'])}</summary>{_json(example['value'])}</details>"
     body += "<h4>Responses</h4>" + "".join(
-        _response(status, response)
-        for status, response in sorted(operation["responses"].items())
-        if "HTTPValidationError" not in str(response)
+        _response(status, response) for status, response in sorted(operation["responses"].items())
     )
     return (
         f'<article id="{_slug(method + path)}"><header><span class="method {method}">{method.upper()}</span><code class=path>{escape(path)}</code>'

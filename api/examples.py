@@ -52,7 +52,28 @@ def _body(summary: str, value: Any) -> dict[str, Any]:
 
 
 def _shape(summary: str, value: BatchOut | BatchPage | CompletionPage | ModelList | ModelOut | Health) -> dict[str, Any]:
-    return _body(summary, value.model_dump(mode="json"))
+    return _body(summary, _keep_nulls(value.model_dump(mode="json")))
+
+
+_NULL: Final = "\0null"
+
+
+def _keep_nulls(value: Any) -> Any:
+    """Mark nulls: FastAPI strips them from examples, and on the wire a field that is null is not absent."""
+    return _replace(value, None, _NULL)
+
+
+def restore_nulls(document: Any) -> Any:
+    """Undo the marks in the finished OpenAPI document."""
+    return _replace(document, _NULL, None)
+
+
+def _replace(value: Any, old: object, new: object) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replace(item, old, new) for item in value]
+    return new if value == old else value
 
 
 _queued = BatchOut.of(_batch(BatchStatus.IN_PROGRESS, completed=0, failed=0, updated_at=_T0), queue="sent")

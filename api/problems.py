@@ -113,6 +113,9 @@ async def _on_headrace_error(request: Request, error: Exception) -> Response:
     headers = {}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
+    if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        # Otherwise the server goes on reading to the end of the body, to find the next request behind it.
+        headers["connection"] = "close"
     if error.status == HTTPStatus.CONFLICT:
         # OpenAI's client sends a 409 again unless it is told not to; a batch that is over stays over.
         headers["x-should-retry"] = "true" if isinstance(error, StillBeingStored) else "false"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +31,24 @@ Prompt = str | list[Message]
 """One prompt: a text, or a conversation."""
 
 
+_MOST = 2**31 - 1
+"""Bound of every count and token id: they travel as int32 tensors, and one that overflows there would take its whole plan down."""
+
+
 def _check(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
-        raise InvalidRequest(f"{name} must be {rule}, not {value!r}", param=name)
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
+        raise InvalidRequest(f"{name} must be {rule}, not {shown}", param=name)
 
 
 def _is_int(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+def _is_number(value: object, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
+    # Not math.isfinite(): it raises OverflowError for a whole number that no float holds. NaN fails both comparisons.
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def _words(name: str, value: object) -> tuple[str, ...]:
@@ -57,7 +65,7 @@ def _ids(name: str, value: object) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = (value,) if _is_int(value) else value
-    _check(isinstance(ids, list | tuple) and all(_is_int(i, 0) for i in ids), name, value, "a list of token ids")
+    _check(isinstance(ids, list | tuple) and all(_is_int(i, 0, _MOST) for i in ids), name, value, "a list of token ids")
     return tuple(ids)  # type: ignore[arg-type]  # checked on the line above
 
 
@@ -140,14 +148,14 @@ class GenerationConfig(_Wire):
         for name in ("stop_token_ids", "bad_token_ids"):
             put(self, name, _ids(name, getattr(self, name)))
         put(self, "logit_bias", _bias(self.logit_bias))
-        whole = {"n": (1, 128), "top_k": (0, math.inf), "min_new_tokens": (0, math.inf)}
+        whole = {"n": (1, 128), "top_k": (0, _MOST), "min_new_tokens": (0, _MOST)}
         for name, (low, high) in whole.items():
             value = getattr(self, name)
             _check(
                 _is_int(value, low, high),
                 name,
                 value,
-                f"a whole number from {low}" + (f" to {high}" if high < math.inf else ""),
+                f"a whole number from {low} to {high}",
             )
         real = {
             "top_p": (0, 1),
@@ -161,9 +169,9 @@ class GenerationConfig(_Wire):
             _check(_is_number(value, lo, hi), name, value, f"a number from {lo} to {hi}")
         penalty = self.repetition_penalty
         _check(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a number above 0")
-        for name, low, high in (("max_new_tokens", 1, math.inf), ("random_seed", 0, 2**64 - 1), ("logprobs", 0, 20)):
+        for name, low, high in (("max_new_tokens", 1, _MOST), ("random_seed", 0, 2**64 - 1), ("logprobs", 0, 20)):
             value = getattr(self, name)
-            rule = f"None or a whole number from {low}" + (f" to {high}" if high < math.inf else "")
+            rule = f"None or a whole number from {low} to {high}"
             _check(value is None or _is_int(value, low, high), name, value, rule)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
@@ -182,9 +190,11 @@ def _bias(value: object) -> tuple[tuple[int, float], ...]:
     _check(ok, "logit_bias", value, "a mapping of token id to a number from -100 to 100")
     out = []
     for token, bias in pairs:  # type: ignore[attr-defined]  # checked above
-        token_id = int(token) if isinstance(token, str) and token.isdigit() else token  # JSON objects have string keys
+        token_id = (
+            int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
+        )  # JSON objects have string keys
         _check(
-            _is_int(token_id, 0) and _is_number(bias, -100, 100),
+            _is_int(token_id, 0, _MOST) and _is_number(bias, -100, 100),
             "logit_bias",
             value,
             "a mapping of token id to a number from -100 to 100",
