@@ -1,0 +1,140 @@
+"""Rotary embedding, q/k norm and KV write on the GPU: one launch, one program for a few heads of one token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HEADS = 8
+
+
+@triton.jit
+def _rotate_heads(
+    p_from, from_stride, p_to, to_stride, p_weight, p_angle, eps, o_n, m_n,
+    H: tl.constexpr, ROTARY: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Norm (if asked) and rotate the heads `o_n` of one token, from `p_from` to `p_to`; in float32, rounded once."""
+    HALF: tl.constexpr = ROTARY // 2
+    REST: tl.constexpr = H - ROTARY
+    o_h = tl.arange(0, HALF_PAD)
+    m_h = o_h < HALF
+    m_nh = m_n[:, None] & m_h[None, :]
+    p_first = p_from + o_n[:, None] * from_stride + o_h[None, :]
+    b_first = tl.load(p_first, mask=m_nh, other=0.0).to(tl.float32)
+    b_second = tl.load(p_first + HALF, mask=m_nh, other=0.0).to(tl.float32)
+    if NORM:
+        b_square = tl.sum(b_first * b_first + b_second * b_second, axis=1)
+    if REST > 0:
+        o_r = ROTARY + tl.arange(0, REST_PAD)
+        m_nr = m_n[:, None] & (o_r < H)[None, :]
+        b_rest = tl.load(p_from + o_n[:, None] * from_stride + o_r[None, :], mask=m_nr, other=0.0).to(tl.float32)
+        if NORM:
+            b_square += tl.sum(b_rest * b_rest, axis=1)
+    if NORM:
+        b_scale = (1.0 / tl.sqrt(b_square / H + eps))[:, None]
+        b_first *= b_scale * tl.load(p_weight + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+        b_second *= b_scale * tl.load(p_weight + HALF + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    b_cos = tl.load(p_angle + o_h, mask=m_h, other=0.0)[None, :]
+    b_sin = tl.load(p_angle + HALF + o_h, mask=m_h, other=0.0)[None, :]
+    p_out = p_to + o_n[:, None] * to_stride + o_h[None, :]
+    tl.store(p_out, (b_first * b_cos - b_second * b_sin).to(p_to.dtype.element_ty), mask=m_nh)
+    tl.store(p_out + HALF, (b_second * b_cos + b_first * b_sin).to(p_to.dtype.element_ty), mask=m_nh)
+    if REST > 0:
+        if NORM:
+            b_rest *= b_scale * tl.load(p_weight + o_r, mask=o_r < H, other=0.0).to(tl.float32)[None, :]
+        tl.store(p_to + o_n[:, None] * to_stride + o_r[None, :], b_rest.to(p_to.dtype.element_ty), mask=m_nr)
+
+
+@triton.jit
+def _rotary_kernel(
+    p_q, p_k, p_v, p_out, p_k_cache, p_v_cache, p_angles, p_positions, p_slots, p_q_norm, p_k_norm, eps,
+    q_token, q_head, k_token, k_head, v_token, v_head, angle_stride,
+    N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, ROTARY: tl.constexpr,
+    HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+):  # fmt: skip
+    i_token = tl.program_id(0).to(tl.int64)
+    i_part = tl.program_id(1)
+    Q_PARTS: tl.constexpr = (N + HEADS - 1) // HEADS
+    K_PARTS: tl.constexpr = (K + HEADS - 1) // HEADS
+    p_angle = p_angles + tl.load(p_positions + i_token) * angle_stride
+    if i_part < Q_PARTS:
+        o_n = i_part * HEADS + tl.arange(0, HEADS)
+        _rotate_heads(
+            p_q + i_token * q_token, q_head, p_out + i_token * N * H, H, p_q_norm, p_angle, eps, o_n, o_n < N,
+            H, ROTARY, HALF_PAD, REST_PAD, Q_NORM,
+        )  # fmt: skip
+    else:
+        i_slot = tl.load(p_slots + i_token)
+        if i_slot >= 0:
+            # Position (block, kv head 0, offset, 0) of the cache; the heads of a block are S · H apart.
+            i_cache = (i_slot // S) * (K * S * H) + (i_slot % S) * H
+            if i_part < Q_PARTS + K_PARTS:
+                o_k = (i_part - Q_PARTS) * HEADS + tl.arange(0, HEADS)
+                _rotate_heads(
+                    p_k + i_token * k_token, k_head, p_k_cache + i_cache, S * H, p_k_norm, p_angle, eps, o_k, o_k < K,
+                    H, ROTARY, HALF_PAD, REST_PAD, K_NORM,
+                )  # fmt: skip
+            else:
+                o_k = (i_part - Q_PARTS - K_PARTS) * HEADS + tl.arange(0, HEADS)
+                o_h = tl.arange(0, H_PAD)
+                m_kh = (o_k < K)[:, None] & (o_h < H)[None, :]
+                b_v = tl.load(p_v + i_token * v_token + o_k[:, None] * v_head + o_h[None, :], mask=m_kh)
+                p_to = p_v_cache + i_cache + o_k[:, None] * (S * H) + o_h[None, :]
+                tl.store(p_to, b_v.to(p_v_cache.dtype.element_ty), mask=m_kh)
+
+
+def rotary_kv_write(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    cos_sin_MH: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    k_cache_BKSH: Tensor,
+    v_cache_BKSH: Tensor,
+    q_norm_H: Tensor | None,
+    k_norm_H: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """See `kernels.rotary.rotary_kv_write`."""
+    tokens, num_heads, head_dim = q_TNH.shape
+    num_kv_heads, size = k_cache_BKSH.shape[1:3]
+    rotary = cos_sin_MH.shape[1]
+    out_TNH = torch.empty((tokens, num_heads, head_dim), dtype=q_TNH.dtype, device=q_TNH.device)
+    if not tokens:
+        return out_TNH
+    heads = min(_HEADS, triton.next_power_of_2(num_heads))
+    grid = (tokens, triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads))
+    _rotary_kernel[grid](
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        out_TNH,
+        k_cache_BKSH,
+        v_cache_BKSH,
+        cos_sin_MH,
+        positions_T,
+        slots_T,
+        q_TNH if q_norm_H is None else q_norm_H,
+        q_TNH if k_norm_H is None else k_norm_H,
+        eps,
+        *q_TNH.stride()[:2],
+        *k_TKH.stride()[:2],
+        *v_TKH.stride()[:2],
+        cos_sin_MH.stride(0),
+        N=num_heads,
+        K=num_kv_heads,
+        S=size,
+        H=head_dim,
+        H_PAD=triton.next_power_of_2(head_dim),
+        ROTARY=rotary,
+        HALF_PAD=triton.next_power_of_2(rotary // 2),
+        REST_PAD=triton.next_power_of_2(max(1, head_dim - rotary)),
+        HEADS=heads,
+        Q_NORM=q_norm_H is not None,
+        K_NORM=k_norm_H is not None,
+        num_warps=2,
+    )
+    return out_TNH

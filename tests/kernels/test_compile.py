@@ -1,0 +1,99 @@
+"""Every kernel, with the configuration its launch code picks, compiles for the devices we serve and fits them. No GPU needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has replaced the compiler in this process", allow_module_level=True)
+
+from kernel_cases import attention_case, sampling_inputs
+from kernel_checks import ATTENTION_SHAPES
+from kernel_launches import Launch, compile_for, recorded
+
+from kernels.gpu import attention, blocks, rms_norm, rotary, sampling, silu_mul
+
+# Bytes of shared memory that one program may take.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def small_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    with recorded() as launches:
+        for dim in (576, 4096, 16384):
+            x, weight = torch.zeros(3, dim, dtype=dtype), torch.zeros(dim, dtype=dtype)
+            rms_norm.rms_norm(x, weight, 1e-5)
+            rms_norm.add_rms_norm(x, x.clone(), weight, 1e-5)
+        silu_mul.silu_mul(x)
+        blocks.copy_blocks([x], torch.tensor([[0, 1]]))
+        for head_dim, rotary_dim in ((64, 64), (96, 96), (128, 64), (256, 256)):
+            q, k, v = torch.zeros(3, 8, head_dim, dtype=dtype).split([4, 2, 2], dim=1)
+            cache = torch.zeros(4, 2, 16, head_dim, dtype=dtype)
+            index = torch.zeros(3, dtype=torch.int64)
+            for weight in (None, torch.zeros(head_dim, dtype=dtype)):
+                rotary.rotary_kv_write(q, k, v, torch.zeros(9, rotary_dim), index, index, cache, cache, weight, weight, 1e-6)
+    yield from launches
+
+
+def sampling_launches() -> Iterator[Launch]:
+    with recorded() as launches:
+        for flags in ((False,) * 4, (True, False, False, False), (True,) * 4):
+            sampling.sample(torch.zeros(3, 128256), sampling_inputs(3), *flags)
+    yield from launches
+
+
+def attention_launches(heads: int, kv_heads: int, head_dim: int, size: int, dtype: torch.dtype) -> Iterator[Launch]:
+    options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
+    case = attention_case([(1, 700), (5, 70)], **options)
+    with recorded() as launches:
+        for window in (None, 64) if head_dim == 128 else (None,):
+            attention.paged_attention(case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, window)
+    yield from launches
+
+
+def check(launches: Iterator[Launch], capability: int) -> None:
+    names = set()
+    for launch in launches:
+        compiled = compile_for(launch, capability)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SHARED_MEMORY[capability], launch
+        names.add(launch.name)
+    assert names
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_small_ops(capability: int) -> None:
+    check(small_launches(torch.bfloat16), capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_sampling(capability: int) -> None:
+    check(sampling_launches(), capability)
+
+
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention_on_hopper(shape: tuple[int, int, int, int]) -> None:
+    check(attention_launches(*shape, torch.bfloat16), 90)
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("shape", [(32, 8, 128, 64), (4, 4, 256, 64)], ids=str)
+def test_attention_elsewhere(shape: tuple[int, int, int, int], capability: int) -> None:
+    check(attention_launches(*shape, torch.bfloat16), capability)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_attention_in_other_types(head_dim: int, dtype: str) -> None:
+    check(attention_launches(8, 2, head_dim, 64, DTYPES[dtype]), 80)
+
+
+def test_prefill_runs_on_the_tensor_cores_of_hopper() -> None:
+    launches = [x for x in attention_launches(32, 8, 128, 64, torch.bfloat16) if x.name == "_prefill_kernel"]
+    assert launches
+    assert all("wgmma.mma_async" in compile_for(launch, 90).asm["ptx"] for launch in launches)
