@@ -1,0 +1,134 @@
+"""CUDA graphs of the decode step: a plan whose rows are all single tokens replays one captured graph.
+
+A captured graph reads its inputs from fixed addresses, so `GraphForward` owns one set of static inputs as wide as the
+largest graph; a step copies its own inputs there, pads to the next captured size and replays. A padding row writes no key
+(slot -1) and has no context, so attention gives zeros for it at once. The output head stays outside: it runs on the real rows
+only, and float32 logits of each captured size would fill the memory.
+
+Knows nothing of requests or of sampling. Plans with longer rows run eagerly, packed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.models.decoder import Decoder, LayerCache, StepInputs
+from kernels.attention import AttentionMetadata
+
+log = logging.getLogger(__name__)
+
+
+def graph_sizes(max_rows: int) -> tuple[int, ...]:
+    """Return the row counts to capture up to `max_rows`, ascending.
+
+    Padding costs at most 8 rows up to 256, 16 up to 512 and 32 beyond: a grid of powers of two would waste a third of a
+    decode step right above each power.
+    """
+    sizes = {1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max_rows + 1, 32), max_rows}
+    return tuple(sorted(size for size in sizes if size <= max_rows))
+
+
+class GraphForward:
+    """`Runner`'s forward: replays a graph where there is one for the plan's shape, runs the model otherwise."""
+
+    def __init__(
+        self, model: Decoder, caches: Sequence[LayerCache], *, max_rows: int, max_blocks: int, session_len: int
+    ) -> None:
+        """Allocate static inputs for `max_rows` rows of at most `max_blocks` KV blocks each; capture nothing yet."""
+        device = caches[0].k_BKSH.device
+        self._model = model
+        self._caches = caches
+        self._session_len = session_len
+        self._sizes = graph_sizes(max_rows)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool: tuple[int, int] | None = None
+        self._tokens_R = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._positions_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._slots_R = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
+        self._contexts_R = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._tables_RP = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
+        self._query_start_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._hidden_RD = torch.zeros((max_rows, model.spec.hidden_size), dtype=model.norm_D.dtype, device=device)
+        self._used = 0
+
+    def __call__(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
+        """Give float32 logits of the rows that sample."""
+        attention = inputs.attention
+        rows = attention.num_single
+        size = self._size_for(rows) if attention.max_query_len == 1 else None
+        if size is None:
+            return self._model.forward(inputs, caches)
+        self._load(inputs, rows)
+        self._graphs[size].replay()
+        hidden_RD = self._hidden_RD[:rows]
+        return self._model.head(hidden_RD if inputs.sampled_R is None else hidden_RD.index_select(0, inputs.sampled_R))
+
+    @torch.inference_mode()
+    def capture(self) -> float:
+        """Capture every size, the largest first so that the smaller ones reuse its memory. Return the seconds it took."""
+        started = time.perf_counter()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for size in reversed(self._sizes):
+                inputs = self._static_inputs(size)
+                # Triton compiles and cuBLAS picks its algorithm at the first call, which no capture survives.
+                self._hidden_RD[:size] = self._model.hidden(inputs, self._caches)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads of the process may call CUDA while this one captures.
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    self._hidden_RD[:size] = self._model.hidden(inputs, self._caches)
+                self._pool = self._pool or graph.pool()
+                self._graphs[size] = graph
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        log.info(
+            "decode graphs captured: a step of single tokens is one launch from now on",
+            extra={
+                "event": "graphs_captured",
+                "graphs": len(self._graphs),
+                "max_rows": self._sizes[-1],
+                "seconds": round(seconds, 2),
+            },
+        )
+        return seconds
+
+    def _size_for(self, rows: int) -> int | None:
+        return next((size for size in self._sizes if size >= rows and size in self._graphs), None)
+
+    def _static_inputs(self, size: int) -> StepInputs:
+        attention = AttentionMetadata(
+            block_tables_RP=self._tables_RP[:size],
+            query_start_R1=self._query_start_R1[: size + 1],
+            context_lens_R=self._contexts_R[:size],
+            num_single=size,
+            max_query_len=1,
+            # The graph serves every length up to the session's: what is decided on the host must hold for the longest.
+            max_context_len=self._session_len,
+        )
+        return StepInputs(
+            tokens_T=self._tokens_R[:size],
+            positions_T=self._positions_R[:size],
+            slots_T=self._slots_R[:size],
+            attention=attention,
+            sampled_R=None,
+        )
+
+    def _load(self, inputs: StepInputs, rows: int) -> None:
+        """Copy a step's inputs to the static ones, and make padding rows of what the last step left behind them."""
+        attention = inputs.attention
+        self._tokens_R[:rows].copy_(inputs.tokens_T)
+        self._positions_R[:rows].copy_(inputs.positions_T)
+        self._slots_R[:rows].copy_(inputs.slots_T)
+        self._contexts_R[:rows].copy_(attention.context_lens_R)
+        self._tables_RP[:rows, : attention.block_tables_RP.shape[1]].copy_(attention.block_tables_RP)
+        if rows < self._used:
+            self._slots_R[rows : self._used].fill_(-1)
+            self._contexts_R[rows : self._used].zero_()
+        self._used = rows
