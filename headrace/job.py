@@ -33,7 +33,7 @@ WINDOW_ROWS = 1024
 """Prompts in the engine at one time: several times what runs in one step, so that long answers never leave it idle."""
 FLUSH_ROWS = 64
 FLUSH_S = 1.0
-LEASE_S = 10.0
+LEASE_S = 5.0
 """How long a job that was killed keeps the next one from the chunks it held."""
 FOREVER = "36500d"
 TEXT_FIELDS = ("model_name", "session_len", "adapters", "dtype")
@@ -142,23 +142,31 @@ def run_job(
     if not content.rows:
         raise InvalidRequest(f"{spec.input} has no rows; nothing to do", param="input")
     with _journal(spec) as store:
-        batch = _adopt(store, spec, spec.identity(content), say)
-        run = _Run(store, batch, spec, report)
-        if not batch.status.is_terminal:
-            if batch.counts.done:
-                say(
-                    f"{batch.counts.done} of {batch.counts.total} rows are in {spec.journal_dir} already; computing the other ones"
-                )
-            engine = open_engine()
-            try:
-                run.compute(engine)
-            finally:
-                engine.close()
+        batch = _find(store, spec, spec.identity(content))
+        if batch is None:
+            say(f"reading {spec.input}: {content.rows} rows")
+            batch = _copy(store, spec, spec.identity(content))
         else:
-            say(f"all {batch.counts.total} rows are in {spec.journal_dir} already; only the output is written again")
+            say(f"{batch.counts.done} of {batch.counts.total} rows are in {spec.journal_dir} already")
+        progress = _compute(store, batch, spec, open_engine, report)
         batch = store.get_batch(batch.id)
         write_output(spec, store.stream_results(batch.id))
-        return JobResult(progress=run.progress(batch), batch=batch)
+        return JobResult(progress=progress, batch=batch)
+
+
+def _compute(
+    store: Store, batch: Batch, spec: JobSpec, open_engine: Callable[[], JobEngine], report: Callable[[JobProgress], None]
+) -> JobProgress:
+    if batch.status.is_terminal:
+        return _Run(store, batch, spec, report).progress(batch)
+    engine = open_engine()
+    try:
+        # Made only now: loading the model is not part of the rate.
+        run = _Run(store, batch, spec, report)
+        run.compute(engine)
+        return run.progress(store.get_batch(batch.id))
+    finally:
+        engine.close()
 
 
 class _Run:
@@ -181,8 +189,12 @@ class _Run:
 
     def compute(self, engine: JobEngine) -> None:
         """Compute until every row is committed: a second round is for chunks that a killed job held during the first."""
-        while not self._store.get_batch(self._batch.id).status.is_terminal:
-            self._round(engine)
+        try:
+            while not self._store.get_batch(self._batch.id).status.is_terminal:
+                self._round(engine)
+        finally:
+            for claim in list(self._open):
+                self._store.release_chunk(claim)
         self._report(self.progress(self._store.get_batch(self._batch.id)))
 
     def _round(self, engine: JobEngine) -> None:
@@ -302,23 +314,26 @@ def _journal(spec: JobSpec) -> Iterator[Store]:
             store.close()
 
 
-def _adopt(store: Store, spec: JobSpec, identity: dict[str, str], say: Callable[[str], None]) -> Batch:
-    """Return the journal's batch: the one that is there when it is this job's, otherwise a new one."""
+def _find(store: Store, spec: JobSpec, identity: dict[str, str]) -> Batch | None:
+    """Return the journal's batch when it is this job's, None when there is none; raise `Conflict` when it is another job's."""
     for batch in store.list_batches(limit=10):
-        if batch.status is BatchStatus.VALIDATING or batch.status in (BatchStatus.FAILED, BatchStatus.CANCELLED):
+        if batch.status in (BatchStatus.VALIDATING, BatchStatus.FAILED, BatchStatus.CANCELLED):
             continue  # an earlier run was killed while it copied the rows; nothing of it was computed
+        before = batch.metadata
         changed = [
-            f"{name} (was {batch.metadata.get(name)}, is {value})"
-            for name, value in identity.items()
-            if batch.metadata.get(name) != value
+            f"{name} (was {before.get(name)}, is {value})" for name, value in identity.items() if before.get(name) != value
         ]
         if changed:
             raise Conflict(
-                f"{spec.journal_dir} belongs to another job for this output; different: {'; '.join(changed)}. "
-                "Give the same input and options to go on with it, another output to keep it, or --restart to throw it away"
+                f"{spec.journal_dir} belongs to another job for this output; different: {'; '.join(changed)}. Give the same "
+                "input and options to go on with it, another output to keep it, or --restart to throw it away"
             )
         return batch
-    say(f"reading {spec.input}: {identity['input']}")
+    return None
+
+
+def _copy(store: Store, spec: JobSpec, identity: dict[str, str]) -> Batch:
+    """Copy the rows into the journal; a bad row is recorded as its own error at once."""
     prompts = (row.prompt for row in read_rows(spec.input))
     return store.create_batch(
         prompts,

@@ -67,7 +67,9 @@ def client_of(arguments: argparse.Namespace) -> Iterator[Client]:
     from headrace.client import Client
     from headrace.settings import get_settings
 
-    with Client(options.server_url(arguments), api_key=arguments.api_key or get_settings().api_key or None) as client:
+    with Client(
+        options.server_url(arguments), api_key=arguments.api_key or get_settings().api_key or None, max_retries=3
+    ) as client:
         yield client
 
 

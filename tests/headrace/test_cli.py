@@ -1,0 +1,238 @@
+"""The command line without a stack: parsing, exit codes, messages; what needs servers is in test_stack and test_job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from servers import free_port
+
+from headrace.batch import Batch, BatchStatus, RequestCounts
+from headrace.cli import console, main, parser
+from headrace.cli.batches import exit_code, refuse_bad_rows, write_results
+from headrace.cli.options import read_object, server_url
+from headrace.cli.up import hide_password
+from headrace.completion import Choice, Completion, CompletionError, TokenUsage
+from headrace.config import GenerationConfig
+from headrace.dataset import read_rows
+from headrace.errors import InvalidRequest
+from headrace.settings import get_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("demo", "up", "run", "submit", "status", "results", "cancel", "worker", "api", "migrate", "bench", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test reads the environment anew, in a directory where no stack runs."""
+    monkeypatch.chdir(tmp_path)
+    get_settings.cache_clear()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["run", "in.jsonl"],
+        ["demo", "--max-new-tokens", "0"],
+        ["up", "--worker-concurrency", "-1"],
+        ["cancel"],
+    ],
+)
+def test_a_malformed_command_line_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: headrace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "nowhere.jsonl", "-o", "out"], 1, "nowhere.jsonl can't be read"),
+        (["run", "in.jsonl", "-o", "out", "--gen-config", "{bad"], 2, "--gen-config is not JSON"),
+        (["run", "in.jsonl", "-o", "out", "--gen-config", "[]"], 2, "must be a JSON object"),
+        (["run", "in.jsonl", "-o", "out", "--gen-config", "@nowhere"], 2, "nowhere can't be read"),
+        (["run", "in.jsonl", "-o", "out", "--gen-config", '{"top_p": 3}'], 2, "top_p must be a number from 0 to 1"),
+        (["run", "in.jsonl", "-o", "out", "--gen-config", '{"tpo_p": 1}'], 2, "no field 'tpo_p'"),
+        (["run", "in.jsonl", "-o", "out", "--engine-config", '{"tp": 0}'], 2, "tp must be"),
+        (["submit"], 2, "nothing to send"),
+        (["submit", "--prompt", "x", "-o", "out"], 2, "-o needs --wait"),
+        (["submit", "in.jsonl"], 2, "line 2: line 2 is not JSON"),
+        (["bench", "nonsense"], 1, "there is no benchmark 'nonsense'"),
+    ],
+)
+def test_errors_are_one_line_with_the_remedy(
+    arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_text('"good"\nbroken\n')
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert error.startswith(f"headrace {arguments[0]}: ")
+
+
+def test_a_setting_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HEADRACE_MODLE", "x")
+    (Path.cwd() / "in.jsonl").write_text('"x"\n')
+    assert main(["run", "in.jsonl", "-o", "out"]) == 2
+    assert "HEADRACE_MODLE" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def explode(*_: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr("headrace.cli.doctor.look", explode)
+    assert main(["doctor"]) == 1
+    plain = capsys.readouterr().err
+    assert "ZeroDivisionError: boom" in plain
+    assert "Traceback" not in plain
+    assert main(["--debug", "doctor"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_says_what_to_start() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "headrace.cli", "status", "--url", url]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert run.returncode == 1
+    assert "headrace up" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_doctor_for_machines_and_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert found["torch"]["state"] == "ok"
+    assert found["Redis"]["state"] == "ok"
+    assert found["API"]["state"] == "note"
+
+
+def test_doctor_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HEADRACE_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+    monkeypatch.setenv("HEADRACE_DATABASE_URL", f"sqlite:///{tmp_path}/absent.db")
+    monkeypatch.setenv("HEADRACE_MODEL", str(tmp_path))
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    missing = [line.split()[1] for line in text.splitlines() if line.startswith("MISSING")]
+    assert missing == ["model", "Redis", "database"]
+
+
+def test_migrate_makes_the_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from headrace.store import open_store
+
+    url = f"sqlite:///{tmp_path}/new.db"
+    run = subprocess.run(
+        [sys.executable, "-m", "headrace.cli", "migrate"],
+        env={**os.environ, "HEADRACE_DATABASE_URL": url},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    open_store(url).close()
+
+
+def test_bench_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names == sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py"))
+
+
+def test_objects_come_from_text_or_file(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"top_k": 3}')
+    assert read_object("--x", None) == {}
+    assert read_object("--x", '{"a": 1}') == {"a": 1}
+    assert read_object("--x", f"@{tmp_path}/c.json") == {"top_k": 3}
+
+
+def test_a_client_finds_the_stack_on_its_state_directory(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    arguments = ["status", "--state-dir", str(state)]
+    assert server_url(parser().parse_args(arguments)) == "http://127.0.0.1:8000"
+    (state / "stack.json").write_text(json.dumps({"api": "http://127.0.0.1:9"}))
+    assert server_url(parser().parse_args(arguments)) == "http://127.0.0.1:9"
+    assert server_url(parser().parse_args([*arguments, "--url", "http://x/"])) == "http://x"
+
+
+def test_bad_rows_are_named_before_anything_is_sent(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(["bad"] * 7 + ['"good"']))
+    with pytest.raises(InvalidRequest, match=r"line 1: .*line 5: .*and 2 more"):
+        refuse_bad_rows(read_rows(path))
+
+
+def test_results_are_written_in_one_piece(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("old")
+    choice = Choice(index=0, text="né 🙂", token_ids=(1,), finish_reason="stop")
+    good = Completion(index=0, choices=(choice,), usage=TokenUsage(prompt_tokens=2, completion_tokens=1))
+    bad = Completion(index=1, error=CompletionError(code="kv_capacity", message="too long"))
+
+    def broken():
+        yield good
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        write_results(path, broken())
+    assert path.read_text() == "old"
+    assert write_results(path, [good, bad], ["first", None]) == 2
+    first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert (first["custom_id"], first["text"]) == ("first", "né 🙂")
+    assert second == {"index": 1, "error": {"code": "kv_capacity", "message": "too long"}}
+    assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("status", "completed", "code"),
+    [(BatchStatus.COMPLETED, 2, 0), (BatchStatus.COMPLETED, 0, 1), (BatchStatus.CANCELLED, 2, 1), (BatchStatus.EXPIRED, 2, 1)],
+)
+def test_the_exit_code_says_whether_there_are_answers(status: BatchStatus, completed: int, code: int) -> None:
+    counts = RequestCounts(total=2, completed=completed, failed=2 - completed)
+    batch = Batch(
+        id="b", model="m", gen_config=GenerationConfig(), status=status, counts=counts, usage=TokenUsage(), created_at=0
+    )
+    assert exit_code(batch) == code
+
+
+def test_passwords_are_not_shown() -> None:
+    assert hide_password("postgresql+psycopg://me:secret@host/db") == "postgresql+psycopg://me:***@host/db"
+    assert hide_password("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+
+
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.0)
+    with console.progress("rows", 2) as bar:
+        bar.update(1, note="5 tok/s")
+        bar.update(1, note="5 tok/s")
+        bar.update(2)
+    assert capsys.readouterr().err.splitlines() == ["rows: 1/2 · 5 tok/s", "rows: 2/2"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "?"), (3.21, "3.2 s"), (42.4, "42 s"), (245, "4 min 5 s"), (7380, "2 h 3 min")]
+)
+def test_durations_read_well(value: float | None, text: str) -> None:
+    assert console.seconds(value) == text
