@@ -1,0 +1,321 @@
+"""Time the Triton kernels on a CUDA device, beside the copy and read bandwidth measured in the same run.
+
+    python benchmarks/kernels.py [--out results.jsonl] [--commit ID] [--only decode …] [--sweep]
+
+First every kernel is compared with its reference, at odd shapes and in every type, in memory full of NaN; an op whose check
+fails is not timed and the run fails. Llama-3.1-8B shapes, bf16, blocks of 64, block tables in random order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# This file's own folder must not stand first: it would be imported in place of the package that it measures.
+sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "tests/support"))
+
+import torch
+import triton
+import triton.language as tl
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 64
+DECODE_SWEEP = {
+    "1 x 1024",
+    "8 x 1024",
+    "32 x 1024",
+    "64 x 1024",
+    "128 x 1024",
+    "256 x 1024",
+    "512 x 512",
+    "128 x 64..1984",
+    "1 x 32768",
+}
+HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 128256
+Row = dict[str, Any]
+
+
+def seconds(run: Callable[[], object], rep_ms: int = 60) -> float:
+    """Median time of one call on the device, with the L2 cache flushed before each."""
+    return float(triton.testing.do_bench(run, warmup=15, rep=rep_ms, return_mode="median")) * 1e-3
+
+
+def failed_ops() -> tuple[set[str], int]:
+    """Run all checks, a process for each op and type (most of the time is compilation); give the ops that failed."""
+    ops = ["prefill", "decode", "decode_splits", "rotary", "rms_norm", "silu_mul", "blocks", "sampling"]
+    script = ROOT / "tests/support/kernel_checks.py"
+    tasks = [
+        (op, dtype) for op in ops for dtype in ("bfloat16", "float16", "float32") if op != "sampling" or dtype == "float32"
+    ]
+
+    def check(task: tuple[str, str]) -> tuple[str, int]:
+        command = [sys.executable, str(script), "--device", "cuda", "--only", task[0], "--dtypes", task[1]]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT)  # noqa: S603 - our own script
+        lines = [json.loads(line) for line in process.stdout.splitlines()]
+        for line in lines:
+            if not line["passed"]:
+                print("FAILED", json.dumps(line), flush=True)
+        if process.returncode and all(line["passed"] for line in lines):
+            print("FAILED", *task, process.stderr[-2000:], flush=True)
+        return (task[0] if process.returncode or not lines else "", len(lines))
+
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 4) - 2)) as pool:
+        results = list(pool.map(check, tasks))
+    return {op for op, _ in results if op}, sum(count for _, count in results)
+
+
+@triton.jit
+def _read_kernel(p_x, p_out, size, BLOCK: tl.constexpr, UNROLL: tl.constexpr):  # noqa: ANN001, ANN202 - Triton, not Python
+    i = tl.program_id(0)
+    b_sum = tl.zeros((BLOCK,), tl.int32)
+    for start in range(i * BLOCK * UNROLL, size, tl.num_programs(0) * BLOCK * UNROLL):
+        for u in tl.static_range(UNROLL):
+            b_sum += tl.load(p_x + start + u * BLOCK + tl.arange(0, BLOCK))
+    tl.store(p_out + i * BLOCK + tl.arange(0, BLOCK), b_sum)
+
+
+def measure_bandwidth() -> Row:
+    """Copy (read + written) and read rates in GB/s over 4 GiB of random bytes."""
+    size = 1 << 30
+    x = torch.randint(-(2**31), 2**31 - 1, (size,), device="cuda", dtype=torch.int32)
+    y = torch.empty_like(x)
+    copy = 2 * 4 * size / seconds(lambda: y.copy_(x))
+    programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
+    out = torch.empty(programs * 2048, device="cuda", dtype=torch.int32)
+    read = 4 * size / seconds(lambda: _read_kernel[(programs,)](x, out, size, BLOCK=2048, UNROLL=4, num_warps=8))
+    return {"op": "bandwidth", "copy_gbs": round(copy / 1e9), "read_gbs": round(read / 1e9)}
+
+
+def paged_inputs(lens: list[tuple[int, int]]) -> tuple[Any, ...]:
+    """Random queries, caches and metadata for rows of (query length, context length)."""
+    from kernels.attention import AttentionMetadata
+
+    pages = [-(-context // BLOCK_SIZE) for _, context in lens]
+    order = torch.randperm(sum(pages), device="cuda").int()
+    tables = torch.zeros(len(lens), max(pages), dtype=torch.int32, device="cuda")
+    for row, part in enumerate(order.split(pages)):
+        tables[row, : len(part)] = part
+    k_cache = torch.randn(sum(pages), KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    queries, contexts = [q for q, _ in lens], [c for _, c in lens]
+    metadata = AttentionMetadata(
+        tables,
+        torch.tensor([0, *queries], device="cuda").cumsum(0).int(),
+        torch.tensor(contexts, device="cuda", dtype=torch.int32),
+        sum(q == 1 for q in queries),
+        max(queries),
+        max(contexts),
+    )
+    q = torch.randn(sum(queries), HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    return q, k_cache, torch.randn_like(k_cache), metadata
+
+
+def decode_loads() -> Iterator[tuple[str, list[int]]]:
+    """Name and context lengths of every decode load."""
+    for rows, context in itertools.product((1, 8, 32, 64, 128, 256, 512), (512, 1024, 2048)):
+        yield f"{rows} x {context}", [context] * rows
+    generator = torch.Generator().manual_seed(0)
+    for rows in (32, 128, 256, 512):
+        yield f"{rows} x 64..1984", torch.randint(64, 1985, (rows,), generator=generator).tolist()
+    yield "1 x 32768", [32768]
+
+
+def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
+    from kernels.gpu import decode_attention as decode
+    from kernels.gpu.attention import paged_attention
+
+    for name, lens in decode_loads():
+        q, k_cache, v_cache, metadata = paged_inputs([(1, n) for n in lens])
+        size = 2 * sum(lens) * KV_HEADS * HEAD_DIM * 2 + 2 * q.numel() * 2
+        scale = HEAD_DIM**-0.5
+
+        def row(time: float, load: str, size: int = size, **more: Any) -> Row:
+            rate = size / time / 1e9
+            share = round(rate / limit["read_gbs"], 3)
+            return {"op": "decode", "load": load, "us": round(time * 1e6, 1), "gbs": round(rate), "of_read": share, **more}
+
+        yield row(seconds(partial(paged_attention, q, k_cache, v_cache, metadata, scale, None)), name)
+        if not sweep or name not in DECODE_SWEEP:
+            continue
+        out, results = torch.empty_like(q), []
+        splits = [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or (s * len(lens) <= 1024 and s * 128 <= max(lens))]
+        for tile, warps, stages, split in itertools.product((32, 64), (2, 4), (2, 3, 4), splits):
+            shape = decode.DecodeShape(tile=tile, splits=split, num_warps=warps, stages=stages)
+            arguments = (q, k_cache, v_cache, metadata.block_tables_RP, metadata.context_lens_R, out)
+            time = seconds(partial(decode.decode_attention, *arguments, scale=scale, sliding_window=None, shape=shape), 15)
+            results.append((time, shape))
+        for time, shape in sorted(results)[:4]:
+            yield row(time, name, shape=list(shape))
+
+
+def prefill_loads() -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Name and (query length, context length) of every prefill load."""
+    yield "16 x 512", [(512, 512)] * 16
+    yield "8 x 1024", [(1024, 1024)] * 8
+    yield "2 x 4096", [(4096, 4096)] * 2
+    yield "1 x 16384", [(16384, 16384)]
+    yield "4 x 1024 after 3072 cached", [(1024, 4096)] * 4
+    yield (
+        "uniform 64..960",
+        [(n, n) for n in torch.randint(64, 961, (16,), generator=torch.Generator().manual_seed(0)).tolist()],
+    )
+
+
+def bench_prefill(_limit: Row, *, sweep: bool) -> Iterator[Row]:
+    from kernels.gpu import prefill_attention as prefill
+    from kernels.gpu.attention import paged_attention
+
+    for name, lens in prefill_loads():
+        q, k_cache, v_cache, metadata = paged_inputs(lens)
+        visible = sum(n * c - n * (n - 1) // 2 for n, c in lens)
+        flops = 4 * HEADS * HEAD_DIM * visible
+        scale = HEAD_DIM**-0.5
+
+        def row(time: float, load: str, flops: int = flops, **more: Any) -> Row:
+            return {"op": "prefill", "load": load, "us": round(time * 1e6, 1), "tflops": round(flops / time / 1e12), **more}
+
+        yield row(seconds(partial(paged_attention, q, k_cache, v_cache, metadata, scale, None)), name)
+        if len(set(lens)) == 1 and lens[0][0] == lens[0][1]:
+            dense = torch.randn(len(lens), HEADS, lens[0][0], HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            yield row(
+                seconds(partial(attend, dense, dense, dense, is_causal=True)), name, engine="torch sdpa, dense, no groups"
+            )
+        if not sweep:
+            continue
+        out, results = torch.empty_like(q), []
+        for shape in (
+            (128, 64, 8, 2),
+            (128, 64, 8, 3),
+            (128, 64, 4, 2),
+            (128, 32, 4, 3),
+            (64, 64, 4, 2),
+            (64, 64, 4, 3),
+            (128, 32, 8, 3),
+        ):
+            options = {"first_row": 0, "num_rows": len(lens), "max_query_len": metadata.max_query_len, "scale": scale}
+            arguments = (q, k_cache, v_cache, metadata.block_tables_RP, metadata.query_start_R1, metadata.context_lens_R, out)
+            options |= {"sliding_window": None, "shape": prefill.PrefillShape(*shape)}
+            results.append((seconds(partial(prefill.prefill_attention, *arguments, **options), 20), shape))
+        for time, shape in sorted(results)[:3]:
+            yield row(time, name, shape=list(shape))
+
+
+def bench_small(limit: Row, *, sweep: bool) -> Iterator[Row]:
+    """Time the elementwise ops, by bytes that must move."""
+    del sweep
+    from kernels.gpu import rms_norm, rotary, silu_mul
+
+    def row(op: str, tokens: int, size: int, run: Callable[[], object]) -> Row:
+        time = seconds(run)
+        rate = size / time / 1e9
+        share = round(rate / limit["copy_gbs"], 3)
+        return {"op": op, "load": f"{tokens} tokens", "us": round(time * 1e6, 1), "gbs": round(rate), "of_copy": share}
+
+    for tokens in (1, 64, 512, 8192):
+        x = torch.randn(tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        residual, weight = torch.randn_like(x), torch.randn(HIDDEN, device="cuda", dtype=torch.bfloat16)
+        yield row("rms_norm", tokens, 4 * x.numel(), partial(rms_norm.rms_norm, x, weight, 1e-5))
+        yield row("add_rms_norm", tokens, 8 * x.numel(), partial(rms_norm.add_rms_norm, x, residual, weight, 1e-5))
+        gate_up = torch.randn(tokens, 2 * INTERMEDIATE, device="cuda", dtype=torch.bfloat16)
+        yield row("silu_mul", tokens, 3 * gate_up.numel(), partial(silu_mul.silu_mul, gate_up))
+        qkv = torch.randn(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        cache = torch.empty(2, tokens // BLOCK_SIZE + 1, KV_HEADS, BLOCK_SIZE, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        angles, index = torch.rand(8192, HEAD_DIM, device="cuda"), torch.arange(tokens, device="cuda")
+        yield row(
+            "rotary",
+            tokens,
+            4 * qkv.numel(),
+            partial(rotary.rotary_kv_write, q, k, v, angles, index, index, *cache, None, None, 0),
+        )
+
+
+def bench_sampling(limit: Row, *, sweep: bool) -> Iterator[Row]:
+    """Time sampling over an 8B model's vocabulary, by reads of the logits that the time would pay for."""
+    del sweep
+    from kernel_cases import sampling_inputs
+
+    from kernels.gpu import sampling
+
+    wishes: dict[str, dict[str, float]] = {
+        "greedy": {"greedy": True},
+        "temperature": {},
+        "top_k 40, top_p 0.95": {"top_k": 40, "top_p": 0.95},
+        "top_p 0.95": {"top_p": 0.95},
+        "min_p 0.05": {"min_p": 0.05},
+    }
+    for kind, rows in itertools.product(("peaked", "flat"), (1, 64, 512, 1024)):
+        logits = torch.randn(rows, VOCAB, device="cuda")
+        if kind == "peaked":
+            # A language model's: a few hundred tokens far above a floor that holds next to nothing.
+            logits.scatter_add_(
+                1, torch.randint(0, VOCAB, (rows, 300), device="cuda"), 10 + 3 * torch.randn(rows, 300, device="cuda")
+            )
+        for name, wish in wishes.items():
+            inputs = sampling_inputs(rows, device="cuda", **wish)
+            flags = (name != "greedy", "top_k" in wish, "top_p" in wish, "min_p" in wish)
+            time = seconds(partial(sampling.sample, logits, inputs, *flags), 30)
+            reads = round(time * limit["read_gbs"] * 1e9 / logits.numel() / 4, 1)
+            yield {"op": "sampling", "load": f"{rows} rows, {kind}, {name}", "us": round(time * 1e6, 1), "row_reads": reads}
+
+
+BENCHES: dict[str, tuple[Callable[..., Iterator[Row]], set[str]]] = {
+    "decode": (bench_decode, {"decode", "decode_splits"}),
+    "prefill": (bench_prefill, {"prefill"}),
+    "small": (bench_small, {"rms_norm", "silu_mul", "rotary"}),
+    "sampling": (bench_sampling, {"sampling"}),
+}
+
+
+def main() -> int:
+    """Check, then time; the exit status says whether all checks passed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kernels.jsonl")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--only", nargs="+", default=list(BENCHES), choices=list(BENCHES))
+    parser.add_argument("--sweep", action="store_true", help="also time other launch shapes of both attention kernels")
+    arguments = parser.parse_args()
+    failed, count = failed_ops()
+    print(f"{count} checks, failed: {sorted(failed) or 'none'}", flush=True)
+    about = {
+        "engine": "headrace",
+        "gpu": torch.cuda.get_device_name(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "commit": arguments.commit,
+        "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w") as out:
+
+        def report(row: Row) -> None:
+            print(json.dumps(row), flush=True)
+            out.write(json.dumps({**about, **row}) + "\n")
+            out.flush()
+
+        limit = measure_bandwidth()
+        report(limit)
+        for name in arguments.only:
+            bench, needs = BENCHES[name]
+            if needs & failed:
+                print(f"{name}: not timed, its check failed", flush=True)
+                continue
+            for row in bench(limit, sweep=arguments.sweep):
+                report(row)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
