@@ -109,12 +109,14 @@ class Recorder:
     """Start with `start`; each claimed chunk then takes a ledger with `open`."""
 
     def __init__(self, store: Store, *, flush_rows: int, flush_interval_s: float) -> None:
-        """Begin a transaction when `flush_rows` completions wait or the oldest has waited `flush_interval_s`."""
+        """Begin a transaction when `flush_rows` completions wait, the oldest has waited `flush_interval_s`, or a chunk is complete."""
         self.changed = threading.Condition()
         self._store = store
         self._flush_rows = flush_rows
         self._flush_interval_s = flush_interval_s
         self._rows: deque[Row] = deque()
+        # Whether rows wait that complete a chunk: nothing is gained by keeping its task, and the batch's end, waiting.
+        self._is_urgent = False
         self._ledgers: set[Ledger] = set()
         self._closing = False
         self._give_up = False
@@ -154,8 +156,10 @@ class Recorder:
                 return
             ledger.arrived += 1
             self._rows.append(Row(ledger, completion, time.monotonic()))
-            # The flusher sleeps until the oldest row is due: it has to hear of the first row and of a full transaction only.
-            if len(self._rows) in (1, self._flush_rows):
+            is_complete = ledger.arrived == ledger.owed
+            self._is_urgent = self._is_urgent or is_complete
+            # The flusher sleeps until the oldest row is due: of other rows it need not hear.
+            if is_complete or len(self._rows) in (1, self._flush_rows):
                 self.changed.notify_all()
 
     def close(self, *, timeout_s: float) -> None:
@@ -181,7 +185,7 @@ class Recorder:
         """Wait for the next transaction's rows. Empty: closed, and nothing is left."""
         with self.changed:
             while True:
-                if len(self._rows) >= self._flush_rows or (self._rows and self._closing):
+                if len(self._rows) >= self._flush_rows or (self._rows and (self._closing or self._is_urgent)):
                     break
                 if self._closing:
                     return []
@@ -189,6 +193,8 @@ class Recorder:
                 if due is not None and due <= 0:
                     break
                 self.changed.wait(due)
+            if len(self._rows) <= self._flush_rows:
+                self._is_urgent = False
             return [self._rows.popleft() for _ in range(min(self._flush_rows, len(self._rows)))]
 
     def _write(self, rows: Sequence[Row]) -> None:

@@ -6,33 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from servers import PostgresServer, RedisServer
+from servers import RedisServer
 from service import Service
 from worker_process import QUICK
 
 from headrace.settings import Settings
-
-
-@pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[PostgresServer]:
-    with PostgresServer() as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/headrace.db"
-    else:
-        server: PostgresServer = request.getfixturevalue("postgres_server")
-        with server.database() as url:
-            yield url
 
 
 @pytest.fixture
@@ -45,8 +23,6 @@ def make_service(redis_server: RedisServer, tmp_path: Path) -> Iterator[Callable
     made: list[Service] = []
 
     def make(database_url: str, **changes: object) -> Service:
-        redis_server.start()
-        redis_server.flush()
         settings = Settings(database_url=database_url, redis_url=redis_server.url, home=tmp_path, **{**QUICK, **changes})
         made.append(Service(settings, tmp_path))
         return made[-1]

@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 from servers import PostgresServer, RedisServer, free_port
+from service import Service
 from worker_process import QUICK, HeadraceProcess, wait_for
 
 from headrace.batch import BatchStatus
@@ -57,11 +58,10 @@ class Live:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, request: pytest.FixtureRequest) -> Iterator[Live]:
-    from service import Service
-
+def live(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, postgres_process: PostgresServer) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("live")
-    with RedisServer() as redis, PostgresServer() as postgres, postgres.database() as url:
+    postgres_process.start()
+    with RedisServer() as redis, postgres_process.database() as url:
         settings = Settings(
             model=str(tiny_model_dir),
             engine_config=json.dumps(ENGINE),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
+import psutil
 import pytest
-from servers import RedisServer
+from servers import PostgresServer, RedisServer
 from worker_process import wait_for
 
 from headrace.batch import BatchStatus
@@ -16,8 +19,8 @@ def texts(total: int) -> list[str]:
     return [f"prompt {index} " + "word " * (index % 7) for index in range(total)]
 
 
-def test_a_killed_worker_is_replaced_and_nothing_is_done_twice(echo_service, database_url: str) -> None:
-    service = echo_service(database_url)
+def test_a_killed_worker_is_replaced_and_nothing_is_done_twice(echo_service, store_url: str) -> None:
+    service = echo_service(store_url)
     prompts = texts(600)
     with service.worker(environ=SLOW) as first:
         service.ready(first)
@@ -59,6 +62,37 @@ def test_a_redis_that_is_restarted_or_killed_is_found_again(echo_service, sqlite
     service.assert_exactly_once(batch_id, 500)
 
 
+def test_a_database_that_goes_away_is_waited_for(echo_service, postgres_url: str, postgres_server: PostgresServer) -> None:
+    service = echo_service(postgres_url)
+    with service.worker(environ=SLOW) as worker:
+        service.ready(worker)
+        batch_id = service.submit(texts(500))
+        wait_for(lambda: service.done(batch_id) >= 50, timeout_s=30, what="under way", process=worker)
+        postgres_server.kill9()
+        wait_for(lambda: "store_outage" in worker.log_tail(), timeout_s=20, what="the outage is noticed", process=worker)
+        time.sleep(1)
+        postgres_server.start()
+        service.wait_over(batch_id, worker)
+        assert "store_back" in worker.log_tail(10**6)
+    service.assert_exactly_once(batch_id, 500)
+
+
+def test_a_worker_that_was_frozen_for_two_leases_writes_nothing_more(echo_service, store_url: str) -> None:
+    service = echo_service(store_url, lease_s=1.5, visibility_timeout_s=2.0)
+    with service.worker(environ={"ECHO_PAUSE_S": "0.8"}) as frozen:
+        service.ready(frozen)
+        batch_id = service.submit(texts(300))
+        wait_for(lambda: service.done(batch_id) >= 30, timeout_s=30, what="under way", process=frozen)
+        psutil.Process(frozen.pid).suspend()
+        with service.worker(environ={"ECHO_PAUSE_S": "0.2"}) as other:
+            service.ready(other)
+            time.sleep(3)
+            psutil.Process(frozen.pid).resume()
+            service.wait_over(batch_id, other)
+            wait_for(lambda: "verdict='fenced'" in frozen.log_tail(10**6), timeout_s=10, what="it is fenced", process=frozen)
+    service.assert_exactly_once(batch_id, 300)
+
+
 def test_a_batch_that_was_committed_but_never_sent_is_found(echo_service, sqlite_url: str) -> None:
     service = echo_service(sqlite_url)
     with service.worker() as worker:
@@ -68,8 +102,8 @@ def test_a_batch_that_was_committed_but_never_sent_is_found(echo_service, sqlite
     service.assert_exactly_once(batch_id, 40)
 
 
-def test_five_copies_of_every_message_are_harmless(echo_service, database_url: str) -> None:
-    service = echo_service(database_url)
+def test_five_copies_of_every_message_are_harmless(echo_service, store_url: str) -> None:
+    service = echo_service(store_url)
     batch_id = service.submit(texts(200), send=False)
     refs = service.store.next_chunks(model="echo", limit=100, grace_s=60)
     for ref in [*refs, *reversed(refs), *refs, *refs, *reversed(refs)]:
@@ -112,8 +146,8 @@ def test_sigterm_lets_chunks_end_and_hands_back_the_rest(echo_service, sqlite_ur
     service.assert_exactly_once(batch_id, 200)
 
 
-def test_a_cancelled_batch_stops_soon(echo_service, database_url: str) -> None:
-    service = echo_service(database_url)
+def test_a_cancelled_batch_stops_soon(echo_service, store_url: str) -> None:
+    service = echo_service(store_url)
     with service.worker(environ={"ECHO_PAUSE_S": "60"}) as worker:
         service.ready(worker)
         batch_id = service.submit(texts(300))

@@ -17,16 +17,8 @@ from worker.host import EngineHost
 from worker.runtime import Runtime
 
 
-@pytest.fixture(scope="session")
-def redis_server() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
 @pytest.fixture
 def settings(redis_server: RedisServer, tmp_path: Path) -> Settings:
-    redis_server.start()
-    redis_server.flush()
     return Settings(
         model="echo",
         database_url=f"sqlite:///{tmp_path}/headrace.db",
