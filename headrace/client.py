@@ -122,18 +122,20 @@ class Client:
         that isn't done yet; with `follow` it waits there, until every prompt of the batch was yielded.
         """
         failures, total = 0, None
-        while total is None or (follow and after + 1 < total):
-            hint_s = None
+        while True:
             try:
                 with self._stream(f"/v1/batches/{batch_id}/results.jsonl", after) as response:
+                    total, hint_s = int(response.headers["headrace-total"]), _hint_s(response)
                     for line in response.iter_lines():
                         completion = read_completion(line)
                         after, failures = completion.index, 0
                         yield completion
-                    total, hint_s = int(response.headers["headrace-total"]), _hint_s(response)
-                    # Nothing will be added to a batch that is over.
-                    follow = follow and hint_s is not None
+                # Without a hint the batch is over and nothing will be added.
+                if not follow or hint_s is None or after + 1 >= total:
+                    return
             except httpx.TransportError as error:
+                if total is not None and after + 1 >= total:
+                    return
                 failures += 1
                 if failures > self._max_retries:
                     raise _unreachable(error) from error
@@ -143,8 +145,7 @@ class Client:
                     extra={"event": "results_resumed", "batch_id": batch_id, "after": after},
                 )
                 hint_s = _backoff_s(failures)
-            if hint_s and (total is None or (follow and after + 1 < total)):
-                time.sleep(hint_s)
+            time.sleep(hint_s)
 
     def cancel(self, batch_id: str) -> Batch:
         """Stop the batch; what is answered stays. Raises `Conflict` when it came to another end already."""
