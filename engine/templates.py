@@ -44,8 +44,8 @@ def parse_messages(prompt: object) -> list[Message]:
     if not isinstance(prompt, list | tuple) or not prompt:
         raise InvalidRequest("a conversation is a non-empty list of {'role', 'content'} messages", param="messages")
     messages = [_parse_message(number, message) for number, message in enumerate(prompt)]
-    if not any(message["content"] for message in messages):
-        raise InvalidRequest("every message of the conversation is empty; write something in one", param="messages")
+    if messages[-1]["role"] == "user" and not messages[-1]["content"]:
+        raise InvalidRequest("the last message of the conversation is empty; write something in it", param="messages")
     return messages
 
 
