@@ -14,7 +14,15 @@ PUBLIC = {
     *("ContextLengthExceeded", "EngineError", "GenerationConfig", "HeadraceError", "InvalidRequest", "KVCapacity"),
     *("ModelLoadError", "ModelNotFound", "NotFound", "NumericalError", "PayloadTooLarge", "PoisonPrompt"),
     *("PytorchEngineConfig", "QueueUnavailable", "RankLost", "RequestAborted", "RequestCounts", "Response"),
-    *("StorageFull", "StoreUnavailable", "TokenLogprobs", "TokenUsage", "TurbomindEngineConfig", "Unauthorized"),
+    *(
+        "ServiceUnavailable",
+        "StorageFull",
+        "StoreUnavailable",
+        "TokenLogprobs",
+        "TokenUsage",
+        "TurbomindEngineConfig",
+        "Unauthorized",
+    ),
     *("UnsupportedOption", "pipeline"),
 }
 # What LMDeploy's document of January 2024 names, in its order; later fields come after these.
