@@ -9,6 +9,7 @@ R rows, L padded context, G query heads of a kv head; the rest as in `kernels.at
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Elements of K that one gather may make: larger ones fall out of the cache between the gather and its use.
 _GATHER_ELEMENTS = 1 << 19
+# Positions that are gathered as one piece: whole pages of 64 would gather, hide and attend to 30 needless positions a row.
+_PIECE = 16
 # A row joins a group while it fills at least this share of the group's padded context.
 _MIN_FILL = 0.75
 
@@ -28,8 +31,8 @@ class _Group(NamedTuple):
     """Rows of one token that are computed together."""
 
     rows_R: Tensor
-    pages_RKP: Tensor
-    """Row of the cache seen as [B * K, S, H] for each row, kv head and page."""
+    pieces_RKC: Tensor
+    """Row of the cache seen as [B * K * S / piece, piece, H] for each row, kv head and piece of its context."""
     visible_RL: Tensor
     """Which gathered positions a row's token sees."""
     hidden_rows: Tensor
@@ -130,30 +133,33 @@ def _group(
 ) -> _Group:
     """Index tensors for rows that share one gather."""
     rows_R = torch.tensor(rows)
-    num_pages = -(-int(lens_R[-1]) // size)
-    pages_RP = metadata.block_tables_RP[rows_R, :num_pages].long()
+    piece = math.gcd(size, _PIECE)
+    start_C = torch.arange(0, int(lens_R[-1]), piece)
+    pages_RC = metadata.block_tables_RP[rows_R].index_select(1, start_C // size).long()
     # A shorter row's table may hold anything past its last page: those gathers read page 0 and are hidden.
-    pages_RP = pages_RP.masked_fill(torch.arange(num_pages) * size >= lens_R[:, None], 0)
-    pages_RKP = pages_RP[:, None, :] * num_kv_heads + torch.arange(num_kv_heads)[None, :, None]
-    position_L = torch.arange(num_pages * size)
+    pages_RC = pages_RC.masked_fill(start_C >= lens_R[:, None], 0)
+    heads_RKC = pages_RC[:, None, :] * num_kv_heads + torch.arange(num_kv_heads)[None, :, None]
+    pieces_RKC = heads_RKC * (size // piece) + start_C % size // piece
+    position_L = torch.arange(len(start_C) * piece)
     past_RL = position_L >= lens_R[:, None]
     visible_RL = ~past_RL
     if window is not None:
         visible_RL &= position_L >= lens_R[:, None] - window
     hidden_rows, hidden_positions = past_RL.nonzero(as_tuple=True)
-    return _Group(rows_R, pages_RKP, visible_RL, hidden_rows, hidden_positions)
+    return _Group(rows_R, pieces_RKC, visible_RL, hidden_rows, hidden_positions)
 
 
 def _attend_singles(
     out_TNH: Tensor, q_TNH: Tensor, k_cache_BKSH: Tensor, v_cache_BKSH: Tensor, group: _Group, scale: float
 ) -> None:
     """One token each for the rows of a group, into `out_TNH`."""
-    num_blocks, num_kv_heads, size, head_dim = k_cache_BKSH.shape
-    num_rows, _, num_pages = group.pages_RKP.shape
-    pages = group.pages_RKP.flatten()
-    shape = (num_rows, num_kv_heads, num_pages * size, head_dim)
-    k_RKLH = k_cache_BKSH.view(num_blocks * num_kv_heads, size * head_dim).index_select(0, pages).view(shape)
-    v_RKLH = v_cache_BKSH.view(num_blocks * num_kv_heads, size * head_dim).index_select(0, pages).view(shape)
+    size, head_dim = k_cache_BKSH.shape[2:]
+    num_rows, num_kv_heads, num_pieces = group.pieces_RKC.shape
+    piece = math.gcd(size, _PIECE)
+    pieces = group.pieces_RKC.flatten()
+    shape = (num_rows, num_kv_heads, num_pieces * piece, head_dim)
+    k_RKLH = k_cache_BKSH.view(-1, piece * head_dim).index_select(0, pieces).view(shape)
+    v_RKLH = v_cache_BKSH.view(-1, piece * head_dim).index_select(0, pieces).view(shape)
     if group.hidden_rows.numel():
         k_RKLH[group.hidden_rows, :, group.hidden_positions] = 0
         v_RKLH[group.hidden_rows, :, group.hidden_positions] = 0
