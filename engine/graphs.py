@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class GraphForward:
         self._session_len = session_len
         self._sizes = graph_sizes(max_rows)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # what torch gives as a pool handle has no public type
         self._tokens_R = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._positions_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._slots_R = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
