@@ -45,7 +45,7 @@ class ModelInfo:
             path=str(path),
             architecture=str(architectures[0]),
             vocab_size=_whole(config, "vocab_size", path),
-            max_length=next((int(config[name]) for name in _LENGTH_FIELDS if config.get(name)), _DEFAULT_LENGTH),
+            max_length=_max_length(config),
             eos_ids=_eos_ids(generation, config, path),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         )
@@ -120,6 +120,14 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelLoadError(f"{file} is not a JSON object; download the model again", param="model_path")
     return data
+
+
+def _max_length(config: Mapping[str, Any]) -> int:
+    """Give the positions that the config says, or that its rope scaling reaches where it says how long the training was."""
+    said = next((int(config[name]) for name in _LENGTH_FIELDS if config.get(name)), _DEFAULT_LENGTH)
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    trained, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    return max(said, int(trained * factor)) if trained and factor else said
 
 
 def _whole(config: Mapping[str, Any], name: str, path: Path) -> int:

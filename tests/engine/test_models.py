@@ -15,6 +15,7 @@ from engine.executor import LocalExecutor
 from engine.models.loading import load_decoder
 from engine.models.spec import ARCHITECTURES, ModelSpec
 from engine.parallel import SingleRank
+from engine.plan import Admission, PlanRow, StepPlan
 from engine.profile import _largest_step
 from headrace.errors import InvalidRequest, ModelLoadError
 
@@ -107,6 +108,27 @@ def test_one_by_one_equals_batched(tiny_model_dir: Path) -> None:
     together, _ = generate(executor, [request(prompt) for prompt in PROMPTS], steps=STEPS, block_size=64)
     alone = [generate(executor, [request(prompt)], steps=STEPS, block_size=64)[0][0] for prompt in PROMPTS]
     assert alone == together
+
+
+def test_a_cached_prefix_is_read_where_another_request_wrote_it(tiny_model_dir: Path) -> None:
+    executor = LocalExecutor(options_for(tiny_model_dir, block_size=16))
+    first, second = [*range(5, 37), 40, 41], [*range(5, 37), 90, 91, 92]
+    expected, _ = generate(executor, [request(second)], steps=4, block_size=16)
+    writer = request(first)
+    plan = StepPlan(
+        step=0, admitted=(Admission(2, writer, writer.prompt_ids, ()),), rows=(PlanRow(2, 0, 34, True, 0, (7, 3, 9)),)
+    )
+    executor.launch(plan)
+    reader = request(second)
+    shared = Admission(5, reader, reader.prompt_ids, (7, 3))
+    tokens = list(
+        executor.launch(StepPlan(step=1, admitted=(shared,), rows=(PlanRow(5, 32, 3, True, 0, (1,)),))).result().tokens
+    )
+    for index in (1, 2, 3):
+        tokens += (
+            executor.launch(StepPlan(step=2, admitted=(), rows=(PlanRow(5, 34 + index, 1, True, index, ()),))).result().tokens
+        )
+    assert [tokens] == expected
 
 
 def test_unknown_architecture_is_refused_naming_the_supported(tiny_model_dir: Path) -> None:

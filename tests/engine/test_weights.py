@@ -117,3 +117,11 @@ def test_eos_ids_come_from_all_three_files(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
     assert ModelInfo.read(copy).eos_ids == (7, 8, 9, 2)  # 2: the tokenizer's <|im_end|>
+
+
+def test_a_stretched_rope_lengthens_the_session(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+    (copy / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    assert ModelInfo.read(copy).max_length == 4096
+    assert options_for(copy, session_len=4096).session_len == 4096
