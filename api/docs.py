@@ -15,7 +15,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from pydantic.json_schema import models_json_schema
 
 from api.examples import problem_kinds, restore_nulls
@@ -88,8 +88,12 @@ def install(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
 
     @app.get("/docs", include_in_schema=False)
-    def docs() -> Response:
-        return Response(render(openapi()), media_type="text/html", headers={"content-security-policy": _POLICY})
+    def docs(request: Request) -> Response:
+        return Response(
+            render(openapi(), base=str(request.base_url).rstrip("/")),
+            media_type="text/html",
+            headers={"content-security-policy": _POLICY},
+        )
 
     @app.get("/", include_in_schema=False)
     def root() -> Response:
@@ -106,8 +110,8 @@ def _drop_foreign_errors(document: dict[str, Any]) -> None:
                 del operation["responses"]["422"]
 
 
-def render(document: Mapping[str, Any]) -> str:
-    """Return the HTML page of an OpenAPI document."""
+def render(document: Mapping[str, Any], *, base: str) -> str:
+    """Return the HTML page of an OpenAPI document; `base`: the URL under which the reader reached this server."""
     info = document["info"]
     groups: dict[str, list[tuple[str, str, dict[str, Any]]]] = {}
     for path, methods in document["paths"].items():
@@ -124,7 +128,7 @@ def render(document: Mapping[str, Any]) -> str:
         f"<title>{escape(info['title'])} API</title><style>{css}</style></head><body><div class=page>{_navigation(info, groups)}<main>"
         f"<h1>{escape(info['title'])} API</h1><p class=lead>{escape(info.get('summary', ''))} "
         'The machine-readable form of this page is <a href="/openapi.json">/openapi.json</a>.</p>'
-        f"{_start(document)}{sections}{_config_section(schemas)}{_problem_section()}</main></div></body></html>"
+        f"{_start(base)}{sections}{_config_section(schemas)}{_problem_section()}</main></div></body></html>"
     )
 
 
@@ -145,8 +149,7 @@ def _navigation(info: Mapping[str, Any], groups: Mapping[str, list[tuple[str, st
     )
 
 
-def _start(document: Mapping[str, Any]) -> str:
-    base = document.get("servers", [{"url": "http://127.0.0.1:8000"}])[0]["url"]
+def _start(base: str) -> str:
     blocks = "".join(f"<div><h3>{name}</h3>{_pre(code.replace('{base}', base))}</div>" for name, code in _QUICKSTART)
     return (
         '<section><h2 id="quickstart">Quickstart</h2><p>Submit prompts, look at the batch until it is over, read the completions. '
@@ -174,24 +177,29 @@ def _operation(method: str, path: str, operation: Mapping[str, Any], schemas: Ma
         body += "<h4>Body</h4>" + _schema_table(content["schema"]["$ref"].removeprefix(_REF), schemas)
         for example in content.get("examples", {}).values():
             body += f"<details><summary>Example: {escape(example['summary'])}</summary>{_json(example['value'])}</details>"
-    body += "<h4>Responses</h4>" + "".join(
-        _response(status, response) for status, response in sorted(operation["responses"].items())
-    )
+    body += "<h4>Responses</h4>" + _responses(operation["responses"])
     return (
         f'<article id="{_slug(method + path)}"><header><span class="method {method}">{method.upper()}</span><code class=path>{escape(path)}</code>'
         f"<span class=summary>{escape(operation['summary'])}</span></header><div>{body}</div></article>"
     )
 
 
-def _response(status: str, response: Mapping[str, Any]) -> str:
-    colour = "ok" if status.startswith("2") else "bad"
-    head = f'<span class="status {colour}">{status}</span>{_inline(response["description"])}'
-    for media_type, content in response.get("content", {}).items():
-        if "example" in content:
-            example = content["example"]
-            shown = _pre(example) if isinstance(example, str) else _json(example)
-            return f"<details><summary>{head}</summary><p><code>{media_type}</code></p>{shown}</details>"
-    return f'<details><summary>{head}</summary><p>A problem: see <a href="#problems">Problems</a>.</p></details>'
+def _responses(responses: Mapping[str, Any]) -> str:
+    """Return a fold for each reply that has an example, and one table for the problems, which all look alike."""
+    folds, rows = "", ""
+    for status, response in sorted(responses.items()):
+        colour = "ok" if status.startswith("2") else "bad"
+        head = f'<span class="status {colour}">{status}</span>'
+        shown = [(kind, content["example"]) for kind, content in response.get("content", {}).items() if "example" in content]
+        if shown:
+            kind, example = shown[0]
+            block = _pre(example) if isinstance(example, str) else _json(example)
+            folds += (
+                f"<details><summary>{head}{_inline(response['description'])} <code>{kind}</code></summary>{block}</details>"
+            )
+        else:
+            rows += f"<tr><td>{head}</td><td>{_inline(response['description'])}</td></tr>"
+    return folds + (f"<table class=problems>{rows}</table>" if rows else "")
 
 
 def _schema_table(name: str, schemas: Mapping[str, Any]) -> str:

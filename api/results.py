@@ -51,7 +51,8 @@ def get_results(
     batch = store.get_batch(batch_id)
     data = ready_page(store, batch, after=after, limit=limit)
     last = data[-1].index if data else after
-    has_more = last + 1 < batch.counts.total
+    # While a batch is being stored its total is 0.
+    has_more = last + 1 < batch.counts.total or (batch.counts.total == 0 and not batch.status.is_terminal)
     page = CompletionPage(
         data=data,
         first_id=data[0].index if data else None,

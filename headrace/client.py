@@ -130,11 +130,11 @@ class Client:
                         completion = read_completion(line)
                         after, failures = completion.index, 0
                         yield completion
-                # Without a hint the batch is over and nothing will be added.
-                if not follow or hint_s is None or after + 1 >= total:
+                # Without a hint the batch is over and nothing will be added. A total of 0: it is still being stored.
+                if not follow or hint_s is None or 0 < total <= after + 1:
                     return
             except httpx.TransportError as error:
-                if total is not None and after + 1 >= total:
+                if total and after + 1 >= total:
                     return
                 failures += 1
                 if failures > self._max_retries:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -221,11 +223,12 @@ def test_two_hundred_malformed_bodies(unharmed: httpx.Client) -> None:
     assert statuses == {404, 422}
 
 
-def test_a_full_disk_is_said_and_survived(settings: Settings, store: Store, broker: Broker) -> None:
+def test_a_full_disk_is_said_and_survived(settings: Settings, broker: Broker, tmp_path: Path) -> None:
     """SQLite's own SQLITE_FULL, by a bound on its pages: what it reports when the disk has no more."""
     limit = [2**30]
+    store = Store(f"sqlite:///{tmp_path}/small.db", create=True)
     event.listen(store._database.writer, "checkout", lambda link, *_: link.execute(f"PRAGMA max_page_count={limit[0]}").close())
-    with LiveApi(settings, store=store, broker=broker) as api, api.http() as http:
+    with store, LiveApi(settings, store=store, broker=broker) as api, api.http() as http:
         before = post(http, GOOD).json()["id"]
         limit[0] = 60
         problem = check_problem(post(http, {"prompts": ["x" * 500_000] * 4}), 507, "storage_full")
@@ -257,16 +260,15 @@ def test_a_database_that_goes_away_and_comes_back(settings: Settings, broker: Br
         assert post(http, GOOD).status_code == 202
 
 
-def test_a_service_that_starts_before_its_database(settings: Settings) -> None:
+def test_a_service_that_starts_before_its_database(settings: Settings, tmp_path: Path) -> None:
+    settings = dataclasses.replace(settings, database_url=f"sqlite:///{tmp_path}/late.db")
     with LiveApi(settings) as api, api.http() as http:
         check_problem(post(http, GOOD), 503, "store_unavailable")
         with Store(settings.database_url, create=True):
             assert post(http, GOOD).status_code == 202
 
 
-def test_our_own_bug_is_a_500_without_insides(
-    settings: Settings, store: Store, broker: Broker, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_our_own_bug_is_a_500_without_insides(settings: Settings, broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError(f"entrails: {name}")

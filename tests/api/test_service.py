@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,6 @@ def test_readiness_names_each_part(http: httpx.Client, store: Store, redis_serve
 
 
 def test_a_silent_worker_is_no_worker(settings: Settings, store: Store, broker: Broker) -> None:
-    from dataclasses import replace
-
     store.register_worker("a@host", host="host", model="echo")
     with LiveApi(replace(settings, models="echo", lease_s=0.2), store=store, broker=broker) as api, api.http() as http:
         wait_until(lambda: http.get("/readyz").status_code == 503, timeout_s=5)
@@ -75,8 +74,6 @@ def test_a_silent_worker_is_no_worker(settings: Settings, store: Store, broker: 
 def test_with_a_key_everything_under_v1_needs_it(
     settings: Settings, store: Store, broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dataclasses import replace
-
     caplog.set_level("DEBUG")
     with LiveApi(replace(settings, api_key="s3cret-käy"), store=store, broker=broker) as api, api.http() as http:
         paths = [path for path in http.get("/openapi.json").json()["paths"] if path.startswith("/v1")]
@@ -175,8 +172,10 @@ def test_the_examples_are_accepted_as_they_stand(http: httpx.Client) -> None:
         assert http.post("/v1/batches", json=body).status_code == 202
 
 
-def test_large_batches_leave_no_memory_behind(settings: Settings, store: Store) -> None:
+def test_large_batches_leave_no_memory_behind(settings: Settings, tmp_path: Path) -> None:
     """Uvicorn in its own process by the command of the README; five batches of 20,000 prompts each."""
+    settings = replace(settings, database_url=f"sqlite:///{tmp_path}/large.db")
+    Store(settings.database_url, create=True).close()
     port = free_port()
     environment = {**os.environ, **settings.to_environ()}
     command = [
