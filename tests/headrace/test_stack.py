@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,6 +61,24 @@ def worker_pids(state: Path) -> dict[str, int]:
     return {child["name"]: child["pid"] for child in read_urls(state)["children"]}
 
 
+def what_the_readme_shows_works(url: str) -> None:
+    """Run the README's blocks that talk to a server, and the examples, against the one at `url`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shell = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if block.startswith("curl")]
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "127.0.0.1:8000" in block]
+    assert len(shell) == 1
+    assert len(blocks) == 2
+    commands: list[list[str]] = []
+    if shutil.which("curl"):  # a bare machine has none; the Python blocks talk to the service all the same
+        commands += [["bash", "-euc", shell[0].replace("http://127.0.0.1:8000", url).replace("curl -s", "curl -sf")]]
+    commands += [[sys.executable, "-c", block.replace("http://127.0.0.1:8000", url)] for block in blocks]
+    commands += [[sys.executable, f"examples/{name}.py", url] for name in ("submit_and_poll", "openai_client")]
+    for command in commands:
+        run = subprocess.run(command, cwd=ROOT, env=ENVIRON, capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, f"{command}\n{run.stderr}"
+        assert run.stdout.strip()
+
+
 @pytest.mark.slow
 def test_up_serves_survives_a_dead_worker_and_leaves_nothing_running(tmp_path: Path, tiny_model_dir: Path) -> None:
     state = tmp_path / "state"
@@ -98,6 +118,8 @@ def test_up_serves_survives_a_dead_worker_and_leaves_nothing_running(tmp_path: P
         assert submitted.returncode == 0, submitted.stderr
         batch = json.loads(submitted.stdout)
         assert (batch["status"], batch["request_counts"]["completed"]) == ("completed", 2)
+
+        what_the_readme_shows_works(urls["api"])
 
         family = descendants(process.pid)
         assert len(family) >= 5

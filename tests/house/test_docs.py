@@ -87,6 +87,18 @@ def test_python_in_the_readme_compiles() -> None:
         compile(block, "README.md", "exec")
 
 
+@pytest.mark.slow
+def test_the_pipeline_in_the_readme_and_the_example_run(tiny_model_dir: Path) -> None:
+    (block,) = [block for block in fenced(ROOT / "README.md", "python") if "pipeline(" in block]
+    for command in (
+        ["-c", block.replace('"smollm2"', repr(str(tiny_model_dir)))],
+        ["examples/pipeline.py", str(tiny_model_dir)],
+    ):
+        run = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=180)
+        assert run.returncode == 0, run.stderr
+        assert len(run.stdout.splitlines()) >= 2
+
+
 def test_decisions_are_numbered_and_dated() -> None:
     files = sorted((ROOT / "docs/decisions").glob("*.md"))
     assert [file.name[:4] for file in files] == [f"{n:04d}" for n in range(1, len(files) + 1)]
