@@ -154,19 +154,29 @@ def describe(message: ChunkMessage) -> str:
 def dispatch(store: Store, broker: Broker, settings: Settings, model: str) -> int:
     """Send the chunks of `model` that are due, as far as its window has room; return how many were sent.
 
-    Called after a batch is committed, after each chunk, and by the reconciler; any number of callers at once do no harm. A
-    chunk is sent again, after its grace, only when Redis holds fewer messages than the store believes: else every busy
-    queue would fill up with copies. Raise `QueueUnavailable` or `StoreUnavailable`; the next call takes up the rest.
+    Called after a batch is committed, after each chunk, and by the reconciler; any number of callers at once do no harm.
+    Raise `QueueUnavailable` or `StoreUnavailable`; the next call takes up the rest.
     """
     # First, so that nothing is marked as sent while Redis is away.
     waiting = broker.count_waiting(model)
-    working = store.count_in_flight(model=model, grace_s=0)
-    unclaimed = store.count_in_flight(model=model) - working
-    grace_s = settings.requeue_grace_s if unclaimed > waiting else _NEVER_S
-    room = settings.dispatch_window - working - waiting
+    room = settings.dispatch_window - waiting - store.count_in_flight(model=model, grace_s=0)
+    if room <= 0:
+        return 0
+    sent = _send(store, broker, model, limit=room, grace_s=_NEVER_S)
+    # A chunk may wait in a busy queue for longer than any grace. Only as many are sent a second time as Redis holds too few:
+    # else the queue would fill up with copies.
+    unclaimed = store.count_in_flight(model=model) - store.count_in_flight(model=model, grace_s=0)
+    lost = unclaimed - waiting - sent
+    if lost > 0:
+        sent += _send(store, broker, model, limit=min(lost, room - sent), grace_s=settings.requeue_grace_s)
+    return sent
+
+
+def _send(store: Store, broker: Broker, model: str, *, limit: int, grace_s: float) -> int:
     sent = 0
-    while room > sent:
-        refs = store.next_chunks(model=model, limit=min(room - sent, SEND_GROUP), grace_s=grace_s)
+    while sent < limit:
+        asked = min(limit - sent, SEND_GROUP)
+        refs = store.next_chunks(model=model, limit=asked, grace_s=grace_s)
         for place, ref in enumerate(refs):
             try:
                 broker.enqueue(store.chunk_message(ref))
@@ -176,6 +186,6 @@ def dispatch(store: Store, broker: Broker, settings: Settings, model: str) -> in
                 store.unsend(refs[place:])
                 raise
         sent += len(refs)
-        if len(refs) < SEND_GROUP:
+        if len(refs) < asked:
             break
     return sent

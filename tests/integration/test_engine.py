@@ -22,7 +22,7 @@ from headrace.settings import Settings
 
 SESSION_LEN = 256
 ENGINE = {"session_len": SESSION_LEN, "num_gpu_blocks": 512, "block_size": 16, "max_batch_size": 64, "tp": 1}
-QUARTER = GenerationConfig(max_new_tokens=12, ignore_eos=True)
+SHORT = GenerationConfig(max_new_tokens=6, ignore_eos=True)
 LONG = GenerationConfig(max_new_tokens=120, ignore_eos=True)
 
 
@@ -90,7 +90,7 @@ def test_two_thousand_uneven_prompts_over_http(live: Live, tmp_path: Path) -> No
     )
     with api, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
         wait_for(lambda: answers(client), timeout_s=30, what="the API answers", process=api)
-        reply = client.post("/v1/batches", json={"prompts": prompts, "gen_config": QUARTER.to_dict()})
+        reply = client.post("/v1/batches", json={"prompts": prompts, "gen_config": SHORT.to_dict()})
         assert reply.status_code == 202, reply.text
         batch_id = reply.json()["id"]
         live.service.wait_over(batch_id, worker, timeout_s=120)
@@ -101,10 +101,10 @@ def test_two_thousand_uneven_prompts_over_http(live: Live, tmp_path: Path) -> No
     assert shown["request_counts"] == {"total": 2000, "completed": 1997, "failed": 3}
     assert {line["index"]: line["error"]["code"] for line in lines if line["error"]} == bad
     assert "abracadabra" not in lines[1500]["error"]["message"]
-    assert shown["usage"]["output_tokens"] == 12 * 1997
+    assert shown["usage"]["output_tokens"] == 6 * 1997
     assert shown["usage"]["input_tokens"] == sum(line["usage"]["prompt_tokens"] for line in lines)
     rows = live.service.assert_exactly_once(batch_id, 2000)
-    assert all(len(row.choices[0].token_ids) == 12 for row in rows if row.error is None)
+    assert all(len(row.choices[0].token_ids) == 6 for row in rows if row.error is None)
 
 
 def answers(client: httpx.Client) -> bool:

@@ -96,6 +96,31 @@ def test_what_redis_lost_is_sent_again_after_its_grace(
     assert [message.number for message in waiting_messages(settings)] == [1, 2, 3, 4]
 
 
+def test_one_lost_message_is_not_answered_with_copies_of_all(store: Store, broker: Broker, settings: Settings) -> None:
+    submit(store, 6)
+    assert dispatch(store, broker, settings, "echo") == 6
+    client = redis.Redis.from_url(settings.redis_url)
+    client.rpop(KEY_PREFIX + queue_name("echo"))
+    client.close()
+    time.sleep(settings.requeue_grace_s + 0.1)
+    assert dispatch(store, broker, settings, "echo") == 1
+    assert dispatch(store, broker, settings, "echo") == 0
+
+
+def test_the_chunks_of_a_lost_worker_are_sent_again_and_nothing_else(store: Store, broker: Broker, settings: Settings) -> None:
+    submit(store, 6)
+    dispatch(store, broker, settings, "echo")
+    client = redis.Redis.from_url(settings.redis_url)
+    for message in waiting_messages(settings)[:2]:
+        assert store.claim_chunk(message.chunk_id, worker="dying", lease_s=0.3)
+        client.rpop(KEY_PREFIX + queue_name("echo"))
+    client.close()
+    assert dispatch(store, broker, settings, "echo") == 0
+    time.sleep(0.4)
+    assert dispatch(store, broker, settings, "echo") == 2
+    assert sorted(message.number for message in waiting_messages(settings)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_higher_priority_goes_first(store: Store, broker: Broker, settings: Settings) -> None:
     low = submit(store, 6, priority=0)
     high = submit(store, 6, priority=5)
