@@ -362,6 +362,37 @@ def test_two_pipelines_and_reopening(pipe: AsyncEngine, tiny_model_dir: Path) ->
     assert pipe("water", GREEDY).text == expected  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_takes_its_group_down_and_the_work_goes_on(pair: AsyncEngine, rank: int) -> None:
+    config = GenerationConfig(max_new_tokens=60, ignore_eos=True, random_seed=11, top_k=0)
+    prompts = [f"prompt {number}" for number in range(12)]
+    expected = [response.text for response in pair(prompts, config)]  # type: ignore[union-attr]
+    pids = pair.frontend.pids
+    assert len(pids) == 2
+    pieces = pair.stream_infer(prompts, config)
+    first = next(pieces)
+    os.kill(pids[rank], signal.SIGKILL)
+    deadline = time.monotonic() + 3
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    texts = dict.fromkeys(range(12), "")
+    for piece in (first, *pieces):
+        texts[piece.index] += piece.text
+        assert piece.error_code is None
+    assert list(texts.values()) == expected
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model_dir: Path) -> Iterator[AsyncEngine]:
+    with pipeline(str(tiny_model_dir), backend_config=TurbomindEngineConfig(tp=2, cache_max_entry_count=64)) as made:
+        yield made
+
+
+def test_two_ranks_give_the_text_of_one(pipe: AsyncEngine, pair: AsyncEngine) -> None:
+    assert [r.text for r in pair(["water", USER], GREEDY)] == [r.text for r in pipe(["water", USER], GREEDY)]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -1,0 +1,105 @@
+"""Frames survive being torn anywhere, and nothing but a message of ours is taken for one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.protocol import (
+    Abort,
+    AskReport,
+    Close,
+    Failed,
+    FrameReader,
+    Meeting,
+    Message,
+    Outputs,
+    ProtocolError,
+    Ready,
+    Report,
+    Start,
+    Submit,
+    Tick,
+    encode,
+)
+from engine.request import TokenOutput, TokenRequest
+from headrace.completion import CompletionError, TokenLogprobs
+from headrace.config import GenerationConfig
+
+REQUEST = TokenRequest(
+    request_id="1-0",
+    prompt_ids=(1, 2, 3),
+    config=GenerationConfig(stop_words=["水", "\ud800"], logit_bias={3: 1.5}, random_seed=2**64 - 1, bad_token_ids=[4]),
+    seed=2**64 - 1,
+    choice=2,
+    max_new_tokens=7,
+    limit="session_len",
+    eos_ids=(2,),
+    stop_ids=(9,),
+    bad_sequences=((4,), (5, 6)),
+    stream=True,
+)
+OUTPUTS = (
+    TokenOutput(
+        request_id="1-0",
+        token_ids=(4, 5),
+        logprobs=(
+            TokenLogprobs(token_id=4, logprob=-0.5, top=((4, -0.5), (7, -1.25))),
+            TokenLogprobs(token_id=5, logprob=float("-inf")),
+        ),
+        queue_ms=1.5,
+    ),
+    TokenOutput(
+        request_id="2-0", token_ids=(), finish_reason="error", error=CompletionError(code="kv_capacity", message="too long")
+    ),
+)
+MESSAGES: list[Message] = [
+    Start(options={"tp": 2}, rank=1, size=2, rendezvous="127.0.0.1:1", log_level="INFO"),
+    Submit((REQUEST, REQUEST)),
+    Abort(("1-0", "2-0")),
+    AskReport(3),
+    Close(),
+    Meeting("127.0.0.1:1"),
+    Ready(100, {"device": "cpu"}),
+    Failed("model_load_error", "no", "model_path"),
+    Outputs(OUTPUTS),
+    Tick(5),
+    Report(3, {"steps": 1}),
+]
+
+
+@given(cuts=st.lists(st.integers(1, 300), max_size=40))
+def test_torn_frames(cuts: list[int]) -> None:
+    stream = b"".join(encode(message) for message in MESSAGES)
+    reader, got = FrameReader(), []
+    while stream:
+        size = cuts.pop() if cuts else len(stream)
+        got += list(reader.feed(stream[:size]))
+        stream = stream[size:]
+    assert got == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'["Nobody",{}]',
+        b'["Close",{"x":1}]',
+        b'["Submit",{"requests":[{}]}]',
+        b"\xff\xfe",
+        json.dumps(["Tick"]).encode(),
+    ],
+)
+def test_what_is_no_message(body: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        list(FrameReader().feed(len(body).to_bytes(4, "big") + body))
+
+
+def test_text_on_the_pipe_is_no_frame() -> None:
+    with pytest.raises(ProtocolError, match="something else writes"):
+        list(FrameReader().feed(b"Loading checkpoint shards: 100%"))
