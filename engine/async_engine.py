@@ -178,8 +178,16 @@ class AsyncEngine:
             self.frontend.abort(handle)
 
     async def async_batch_infer(self, prompts: Any, gen_config: GenConfigs = None, *, do_preprocess: bool = True) -> Any:
-        """Do what `batch_infer` does without blocking the event loop. Cancelling it doesn't stop what was submitted."""
-        return await asyncio.to_thread(self.batch_infer, prompts, gen_config, do_preprocess=do_preprocess)
+        """Do what `batch_infer` does without blocking the event loop. Prompts from an iterator give a list too.
+
+        Cancelling it doesn't stop what was submitted.
+        """
+
+        def infer() -> Any:
+            answer = self.batch_infer(prompts, gen_config, do_preprocess=do_preprocess)
+            return list(answer) if isinstance(answer, Iterator) else answer
+
+        return await asyncio.to_thread(infer)
 
     def session(self) -> Session:
         """Return a new conversation for `chat`."""

@@ -325,7 +325,7 @@ class Supervisor:
             case Ready():
                 self._is_ready = True
                 self._start_failures = 0
-                self.emit(logging.INFO, "engine_ready", "The engine is ready.", pids=self.pids, **message.facts)
+                self.emit(logging.INFO, "engine_ready", "The engine is ready.", pids=self.pids, facts=message.facts)
                 self._guard(partial(self._listener.on_ready, message))
                 self._first.set()
             case Failed():
