@@ -148,8 +148,6 @@ def test_the_alembic_command_reads_the_same_settings(store_url: str, tmp_path: P
     alembic = [sys.executable, "-m", "alembic"]
     done = subprocess.run([*alembic, "upgrade", "head"], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    checked = subprocess.run([*alembic, "check"], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr + checked.stdout
     script = f"from headrace.store import open_store; open_store({store_url!r}, create=True).close()"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={**environ, "PYTHONPATH": str(ROOT)}, check=True)
 
