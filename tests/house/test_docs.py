@@ -44,6 +44,18 @@ def test_the_settings_page_is_the_settings() -> None:
     assert written == real
 
 
+def test_the_events_page_lists_the_events() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/events.md").read_text(encoding="utf-8"), re.MULTILINE)
+    sources = [
+        file.read_text(encoding="utf-8")
+        for room in ("headrace", "engine", "worker", "api")
+        for file in (ROOT / room).rglob("*.py")
+    ]
+    logged = {event for source in sources for event in re.findall(r"""["']event["']: ["'](\w+)["']""", source)}
+    # The docstring of headrace/log.py shows one as its example.
+    assert rows == sorted(logged)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
