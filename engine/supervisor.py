@@ -116,7 +116,9 @@ class Supervisor:
         os.set_blocking(self._wake_write, False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain_wake)
         self._posts: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._post_lock = threading.Lock()  # between "is it closed?" and the write that wakes the loop
+        # Between "is it closed?" and the write that wakes the loop. Reentrant: the garbage collector may close a dropped iterator,
+        # which posts an abort, while this thread is in `post`.
+        self._post_lock = threading.RLock()
         self._closing = False
         self._ended = False
         self._group: list[RankProcess] = []
