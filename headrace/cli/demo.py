@@ -60,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         _show(rows, completions, arguments.show)
         _stats(batch, completions, ready_s=ready_s)
         console.out(f"\nresults   {output}\ndatabase  {stack.urls.database}\nlogs      {arguments.state_dir}/logs")
-        console.out("next      headrace up, then headrace submit FILE --wait; or without any server: headrace run FILE -o OUT")
+        console.out(
+            "next      ./dev run up, then ./dev run submit FILE --wait; or without any server: ./dev run run FILE -o OUT"
+        )
     return exit_code(batch)
 
 
