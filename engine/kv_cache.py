@@ -7,11 +7,14 @@ Who owns which block is the scheduler's business, not known here.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.models.decoder import LayerCache
 from engine.models.spec import ModelSpec
@@ -20,6 +23,7 @@ from headrace.errors import InvalidRequest, KVCapacity
 
 log = logging.getLogger(__name__)
 
+_ALIGNMENT = 64  # a cache line, and the widest vector
 CPU_POOL_BYTES = 2 << 30
 """Most that a pool takes of a CPU host unasked; `num_gpu_blocks` asks for more."""
 
@@ -85,9 +89,19 @@ def allocate(
     """Allocate keys and values of every layer, or of `num_layers`. Zeros: an unwritten NaN would survive a multiplication by a masked weight of 0."""
     shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
     return tuple(
-        LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in range(num_layers or spec.num_layers)
+        LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(num_layers or spec.num_layers)
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate zeros; on a CPU memory that the kernel gives page by page when it is written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page: a pool of 2 GiB would cost a second at the start and stay resident, used or not.
+    size = math.prod(shape) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(size + _ALIGNMENT, dtype=np.uint8))
+    start = -raw.data_ptr() % _ALIGNMENT
+    return raw[start : start + size].view(dtype).view(shape)
 
 
 def free_memory(device: torch.device) -> int:

@@ -117,7 +117,8 @@ def add_bias(logits_RV: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) ->
 
 def ban(logits_RV: Tensor, rows: Tensor, tokens: Tensor) -> None:
     """logits[rows[i], tokens[i]] = -inf, in place."""
-    logits_RV[rows, tokens] = float("-inf")
+    # A tensor on the device: assigning a Python number copies it there, and that copy waits for all the device's work.
+    logits_RV.index_put_((rows, tokens), logits_RV.new_full((), float("-inf")))
 
 
 def token_logprobs(logits_RV: Tensor, tokens_R: Tensor, k: int) -> TokenLogprobs:

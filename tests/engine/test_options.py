@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from engine import kv_cache
 from engine.executor import LocalExecutor
+from engine.model_info import read_config
+from engine.models.spec import ModelSpec
 from engine.options import EngineOptions, resolve
 from headrace.config import PytorchEngineConfig, TurbomindEngineConfig
 from headrace.errors import InvalidRequest, KVCapacity, UnsupportedOption
@@ -129,6 +132,29 @@ def test_the_pool_on_a_cpu_is_capped_but_holds_one_session(tiny_model_dir: Path)
     assert kv_cache.choose_num_blocks(auto, one_block=one, free=1 << 50) == 16  # 1024 tokens of session, over the cap
     assert kv_cache.choose_num_blocks(auto, one_block=one // 8, free=1 << 50) == 80
     assert kv_cache.choose_num_blocks(auto, one_block=one, free=one * 10) == 8  # 0.8 of what is free
+
+
+def test_a_cpu_pool_takes_no_memory_before_it_is_used(tiny_model_dir: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    executor = LocalExecutor(options(tiny_model_dir, num_gpu_blocks=(512 << 20) // 32768))
+    assert executor.report()["kv_pool"] == 512 << 20
+    assert resident() - before < 128 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pool_is_aligned_zeros(tiny_model_dir: Path, dtype: torch.dtype) -> None:
+    spec = ModelSpec.read(read_config(tiny_model_dir))
+    caches = kv_cache.allocate(spec, num_blocks=3, block_size=16, dtype=dtype, device=torch.device("cpu"))
+    assert len(caches) == 2
+    for tensor in (half for cache in caches for half in cache):
+        assert tensor.shape == (3, 2, 16, 16)
+        assert tensor.is_contiguous()
+        assert tensor.dtype == dtype
+        assert tensor.data_ptr() % 64 == 0
+        assert not tensor.any()
 
 
 def test_a_pool_that_doesnt_fit_is_refused_before_it_is_allocated(tiny_model_dir: Path) -> None:

@@ -52,12 +52,14 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(tmp_path: Path, architecture: str, 
             )
         assert tokens == expected, fields
         assert not any(output.invalid for output in outputs)
-    got = outputs[-1].logprobs[2]
-    want = reference[-1].logprobs[2]
-    assert got is not None
-    assert want is not None
-    assert got.token_id == want.token_id
-    assert got.logprob == pytest.approx(want.logprob, abs=1e-2)
+        if chunk > len(PROMPTS[0]):  # else the rows sample in other steps
+            got = [one for one in outputs[0].logprobs if one]
+            want = [one for one in reference[0].logprobs if one]
+            assert len(got) == len(want) == 2
+            for ours, theirs in zip(got, want, strict=True):
+                assert ours.token_id == theirs.token_id
+                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-2)
+                assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -73,6 +75,7 @@ def test_graphs_are_bit_equal_to_eager_steps(tmp_path: Path, dtype: str) -> None
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype; it found a wait already
 @pytest.mark.parametrize("eager", [True, False])
 def test_a_launch_never_waits_for_the_device(tmp_path: Path, eager: bool) -> None:
     with running(save_tiny_model(tmp_path), eager_mode=eager) as executor:
