@@ -6,14 +6,16 @@ On SQLite where nothing else is said; test_engine.py does the same on PostgreSQL
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from servers import PostgresServer, RedisServer
-from worker_process import wait_for
+from worker_process import QUICK, wait_for, worker_process
 
 from headrace.batch import BatchStatus
 from headrace.broker import KEY_PREFIX, dispatch
+from headrace.settings import Settings
 
 SLOW = {"ECHO_PAUSE_S": "0.3"}
 
@@ -97,6 +99,46 @@ def test_a_worker_that_was_frozen_for_two_leases_writes_nothing_more(echo_servic
             service.wait_over(batch_id, other)
             wait_for(lambda: "verdict='fenced'" in frozen.log_tail(10**6), timeout_s=10, what="it is fenced", process=frozen)
     service.assert_exactly_once(batch_id, 300)
+
+
+def test_an_engine_that_is_given_up_ends_its_worker_and_no_prompt_fails_of_it(echo_service, sqlite_url: str) -> None:
+    service = echo_service(sqlite_url, visibility_timeout_s=60.0, lease_s=60.0, requeue_grace_s=60.0)
+    batch_id = service.submit(texts(200))
+    with service.worker(environ={"ECHO_ANSWERS": "100"}) as first:
+        assert first.wait(30) == 1
+        assert "[engine_lost]" in first.log_tail(10**6)
+    assert service.done(batch_id) == 100
+    assert service.store.count_in_flight(model="echo", grace_s=0) == 0
+    with service.worker() as second:
+        service.wait_over(batch_id, second, timeout_s=20)
+    assert service.store.get_batch(batch_id).counts.failed == 0
+    service.assert_exactly_once(batch_id, 200)
+
+
+def test_a_worker_is_stopped_while_its_model_loads(echo_service, sqlite_url: str) -> None:
+    service = echo_service(sqlite_url)
+    with service.worker(environ={"ECHO_LOAD_S": "60"}) as worker:
+        wait_for(lambda: "model_loading" in worker.log_tail(), timeout_s=20, what="it loads", process=worker)
+        worker.terminate()
+        assert worker.wait(5) == 0
+
+
+def test_a_worker_waits_for_redis_and_for_the_tables(make_service, tmp_path: Path, redis_server: RedisServer) -> None:
+    settings = Settings(
+        model="echo", engine_frontend="echo_frontend:EchoFrontend", redis_url=redis_server.url, home=tmp_path,
+        database_url=f"sqlite:///{tmp_path}/late.db", **QUICK,
+    )  # fmt: skip
+    redis_server.stop()
+    with worker_process(settings, tmp_path / "early.log") as worker:
+        wait_for(lambda: "headrace migrate" in worker.log_tail(), timeout_s=20, what="it says what is missing", process=worker)
+        service = make_service(settings.database_url, model="echo")
+        service.ready(worker)
+        batch_id = service.submit(texts(20), send=False)
+        redis_server.start()
+        service.wait_over(batch_id, worker, timeout_s=30)
+        redis_server.stop()
+        worker.terminate()
+        assert worker.wait(20) == 0, "it ends without Redis, too"
 
 
 def test_a_batch_that_was_committed_but_never_sent_is_found(echo_service, sqlite_url: str) -> None:

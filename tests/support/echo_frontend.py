@@ -1,7 +1,8 @@
 """An engine that computes nothing: it answers each prompt with the prompt, after a pause. For tests of everything around an engine.
 
-`ECHO_PAUSE_S` (default 0) is the pause of each prompt; all prompts pause at the same time. A prompt that holds 'REFUSE' fails with
-`invalid_request`; the usage of a text is its number of words.
+`ECHO_PAUSE_S` (default 0) is the pause of each prompt; all prompts pause at the same time. `ECHO_LOAD_S`: how long it takes to load.
+`ECHO_ANSWERS`: after so many answers it ends for good. A prompt that holds 'REFUSE' fails with `invalid_request`; the usage of a
+text is its number of words.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class EchoFrontend:
     ) -> None:
         if model_path == "no-such-model":
             raise ModelLoadError(f"{model_path} is not there")
+        time.sleep(float(os.environ.get("ECHO_LOAD_S", "0")))
+        self._answers_left = int(os.environ.get("ECHO_ANSWERS", "-1"))
         self.model_path = model_path
         self.backend_config = backend_config
         self._on_event = on_event or (lambda _: None)
@@ -131,6 +134,11 @@ class EchoFrontend:
                     continue
                 entry = self._open.pop(heapq.heappop(self._due)[1], None)
             if entry is not None:
+                if self._answers_left == 0:
+                    self._open[-1] = entry
+                    self.die()
+                    return
+                self._answers_left -= 1
                 self._steps += 1
                 prompt, index, on_done = entry
                 on_done(answer(prompt, index=index))
