@@ -18,7 +18,7 @@ class Settings:
     """Field `x_y` is read from HEADRACE_X_Y; the comment under each field says what it is."""
 
     home: Path = Path("~/.cache/headrace")
-    """Where the embedded stack keeps its state and the default model is cached."""
+    """Where the default model is cached after its one conversion."""
     database_url: str = "sqlite:///.headrace/headrace.db"
     """SQLAlchemy URL; sqlite:///PATH or postgresql+psycopg://user:password@host/name."""
     redis_url: str = "redis://127.0.0.1:6379/0"

@@ -42,6 +42,7 @@ def add_commands(commands: Any) -> None:
     """Add `doctor`."""
     command = commands.add_parser("doctor", help="say what is there and what is missing", description=__doc__)
     options.add_server(command)
+    command.add_argument("--engine", action="store_true", help="also load the model and show where the device's memory goes")
     options.add_json(command)
     command.set_defaults(run=run)
 
@@ -71,6 +72,8 @@ def look(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _redis()
     yield _database()
     yield _server(options.server_url(arguments))
+    if arguments.engine:
+        yield from _engine()
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield Finding("disk", "ok" if free > 2 else "note", f"{free:.1f} GiB free here")
 
@@ -132,6 +135,25 @@ def _model() -> Finding:
             model if there else f"{model} has no config.json: it is no Hugging Face directory",
         )
     return Finding("model", "note", f"{model} is no directory here; it is looked up on the hub when the engine starts")
+
+
+def _engine() -> Iterator[Finding]:
+    from headrace.offline import pipeline
+    from headrace.settings import get_settings
+
+    try:
+        settings = get_settings()
+        with pipeline(settings.model, backend_config=options.engine_config(settings.engine_config)) as pipe:
+            report = pipe.report()
+    except (HeadraceError, ImportError) as error:
+        yield Finding("engine", "missing", str(error))
+        return
+    budget, block_size = report["engine"], report["options"]["block_size"]
+    yield Finding("engine", "ok", f"{report['architecture']}, {budget['dtype']} on {budget['device']}, tp {budget['tp']}")
+    sizes = ", ".join(f"{name} {budget[name] / 2**30:.2f} GiB" for name in ("weights", "activations", "kv_pool"))
+    yield Finding(
+        "memory", "ok", f"{sizes}: {budget['num_blocks']} blocks, {budget['num_blocks'] * block_size} tokens of KV on each rank"
+    )
 
 
 def _redis() -> Finding:

@@ -137,6 +137,17 @@ def test_doctor_names_what_is_missing(
     assert missing == ["model", "Redis", "database"]
 
 
+def test_doctor_shows_the_engines_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
+) -> None:
+    monkeypatch.setenv("HEADRACE_MODEL", str(tiny_model_dir))
+    monkeypatch.setenv("HEADRACE_ENGINE_CONFIG", '{"num_gpu_blocks": 9, "session_len": 256}')
+    assert main(["doctor", "--engine", "--json"]) == 0
+    found = {finding["name"]: finding["detail"] for finding in json.loads(capsys.readouterr().out)}
+    assert "float32 on cpu" in found["engine"]
+    assert "9 blocks, 576 tokens" in found["memory"]
+
+
 def test_migrate_makes_the_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from headrace.store import open_store
 
