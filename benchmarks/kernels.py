@@ -42,18 +42,50 @@ DECODE_SWEEP = {
     "128 x 64..1984",
     "1 x 32768",
 }
+SAMPLE_SWEEP = (
+    (4096, 8, 1),
+    (4096, 8, 3),
+    (4096, 16, 1),
+    (4096, 16, 3),
+    (2048, 8, 1),
+    (2048, 8, 3),
+    (2048, 4, 1),
+    (4096, 32, 1),
+)
 HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 128256
 Row = dict[str, Any]
 
 
-def seconds(run: Callable[[], object], rep_ms: int = 60) -> float:
-    """Median time of one call on the device, with the L2 cache flushed before each."""
-    return float(triton.testing.do_bench(run, warmup=15, rep=rep_ms, return_mode="median")) * 1e-3
+def seconds(*runs: Callable[[], object], repeats: int = 15) -> float:
+    """Median time of one call on the device, as an engine makes it: all of `runs` in a captured graph, replayed.
+
+    Several runs are one call over several sets of inputs, so that none finds its own in the L2 cache.
+    """
+    count = max(1, 8 // len(runs))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for run in runs * count:
+            run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for _ in range(3):
+        graph.replay()
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return times[len(times) // 2] * 1e-3 / (len(runs) * count)
 
 
-def failed_ops() -> tuple[set[str], int]:
-    """Run all checks, a process for each op and type (most of the time is compilation); give the ops that failed."""
-    ops = ["prefill", "decode", "decode_splits", "rotary", "rms_norm", "silu_mul", "blocks", "sampling"]
+def failed_ops(ops: list[str]) -> tuple[set[str], int]:
+    """Run the checks of `ops`, a process for each op and type (most of it is compilation); give the ops that failed."""
     script = ROOT / "tests/support/kernel_checks.py"
     tasks = [
         (op, dtype) for op in ops for dtype in ("bfloat16", "float16", "float32") if op != "sampling" or dtype == "float32"
@@ -136,6 +168,9 @@ def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
 
     for name, lens in decode_loads():
         q, k_cache, v_cache, metadata = paged_inputs([(1, n) for n in lens])
+        # As in a model: layer after layer, each with a cache of its own, together far larger than the L2 cache.
+        layers = max(1, (1 << 28) // k_cache.nbytes)
+        caches = [(k_cache, v_cache), *((k_cache.clone(), v_cache.clone()) for _ in range(layers - 1))]
         size = 2 * sum(lens) * KV_HEADS * HEAD_DIM * 2 + 2 * q.numel() * 2
         scale = HEAD_DIM**-0.5
 
@@ -144,15 +179,16 @@ def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
             share = round(rate / limit["read_gbs"], 3)
             return {"op": "decode", "load": load, "us": round(time * 1e6, 1), "gbs": round(rate), "of_read": share, **more}
 
-        yield row(seconds(partial(paged_attention, q, k_cache, v_cache, metadata, scale, None)), name)
+        yield row(seconds(*(partial(paged_attention, q, *cache, metadata, scale, None) for cache in caches)), name)
         if not sweep or name not in DECODE_SWEEP:
             continue
         out, results = torch.empty_like(q), []
         splits = [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or (s * len(lens) <= 1024 and s * 128 <= max(lens))]
-        for tile, warps, stages, split in itertools.product((32, 64), (2, 4), (2, 3, 4), splits):
+        for tile, warps, stages, split in itertools.product((64,), (2, 4), (2, 3, 4), splits):
             shape = decode.DecodeShape(tile=tile, splits=split, num_warps=warps, stages=stages)
-            arguments = (q, k_cache, v_cache, metadata.block_tables_RP, metadata.context_lens_R, out)
-            time = seconds(partial(decode.decode_attention, *arguments, scale=scale, sliding_window=None, shape=shape), 15)
+            arguments = (metadata.block_tables_RP, metadata.context_lens_R, out)
+            options = {"scale": scale, "sliding_window": None, "shape": shape}
+            time = seconds(*(partial(decode.decode_attention, q, *cache, *arguments, **options) for cache in caches), repeats=5)
             results.append((time, shape))
         for time, shape in sorted(results)[:4]:
             yield row(time, name, shape=list(shape))
@@ -206,7 +242,7 @@ def bench_prefill(_limit: Row, *, sweep: bool) -> Iterator[Row]:
             options = {"first_row": 0, "num_rows": len(lens), "max_query_len": metadata.max_query_len, "scale": scale}
             arguments = (q, k_cache, v_cache, metadata.block_tables_RP, metadata.query_start_R1, metadata.context_lens_R, out)
             options |= {"sliding_window": None, "shape": prefill.PrefillShape(*shape)}
-            results.append((seconds(partial(prefill.prefill_attention, *arguments, **options), 20), shape))
+            results.append((seconds(partial(prefill.prefill_attention, *arguments, **options), repeats=5), shape))
         for time, shape in sorted(results)[:3]:
             yield row(time, name, shape=list(shape))
 
@@ -243,7 +279,6 @@ def bench_small(limit: Row, *, sweep: bool) -> Iterator[Row]:
 
 def bench_sampling(limit: Row, *, sweep: bool) -> Iterator[Row]:
     """Time sampling over an 8B model's vocabulary, by reads of the logits that the time would pay for."""
-    del sweep
     from kernel_cases import sampling_inputs
 
     from kernels.gpu import sampling
@@ -265,15 +300,20 @@ def bench_sampling(limit: Row, *, sweep: bool) -> Iterator[Row]:
         for name, wish in wishes.items():
             inputs = sampling_inputs(rows, device="cuda", **wish)
             flags = (name != "greedy", "top_k" in wish, "top_p" in wish, "min_p" in wish)
-            time = seconds(partial(sampling.sample, logits, inputs, *flags), 30)
-            reads = round(time * limit["read_gbs"] * 1e9 / logits.numel() / 4, 1)
-            yield {"op": "sampling", "load": f"{rows} rows, {kind}, {name}", "us": round(time * 1e6, 1), "row_reads": reads}
+            shapes = SAMPLE_SWEEP if sweep and kind == "peaked" and name in ("greedy", "top_k 40, top_p 0.95") else ()
+            for shape in (None, *shapes):
+                chosen = sampling.SampleShape(*shape) if shape else None
+                time = seconds(partial(sampling.sample, logits, inputs, *flags, shape=chosen), repeats=5)
+                reads = round(time * limit["read_gbs"] * 1e9 / logits.numel() / 4, 1)
+                load = f"{rows} rows, {kind}, {name}"
+                row = {"op": "sampling", "load": load, "us": round(time * 1e6, 1), "row_reads": reads}
+                yield row | ({"shape": shape} if shape else {})
 
 
 BENCHES: dict[str, tuple[Callable[..., Iterator[Row]], set[str]]] = {
     "decode": (bench_decode, {"decode", "decode_splits"}),
     "prefill": (bench_prefill, {"prefill"}),
-    "small": (bench_small, {"rms_norm", "silu_mul", "rotary"}),
+    "small": (bench_small, {"rms_norm", "silu_mul", "rotary", "blocks"}),
     "sampling": (bench_sampling, {"sampling"}),
 }
 
@@ -286,7 +326,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(BENCHES), choices=list(BENCHES))
     parser.add_argument("--sweep", action="store_true", help="also time other launch shapes of both attention kernels")
     arguments = parser.parse_args()
-    failed, count = failed_ops()
+    failed, count = failed_ops(sorted({op for name in arguments.only for op in BENCHES[name][1]}))
     print(f"{count} checks, failed: {sorted(failed) or 'none'}", flush=True)
     about = {
         "engine": "headrace",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kernels.gpu.paging import page_of, tile_offsets
 
-# The programs that are wanted per multiprocessor before a context is split: a few waves hide a tile's latency.
-_PROGRAMS_PER_SM = 4
+# A context is split only where rows and heads alone leave multiprocessors with fewer programs than this.
+_PROGRAMS_PER_SM = 2
 _MAX_SPLITS = 32
 # A share smaller than this costs more in the combining pass than it gains.
 _MIN_SPLIT_POSITIONS = 256
@@ -163,12 +163,11 @@ def choose_shape(
     tile = min(block_size, 64) if block_size >= 32 else 32
     if itemsize == 4 or head_dim > 128:
         tile = min(tile, 32)
-    wanted = triton.cdiv(_PROGRAMS_PER_SM * num_sms, max(1, rows * num_kv_heads))
+    wanted = _PROGRAMS_PER_SM * num_sms // max(1, rows * num_kv_heads)
     useful = max(1, max_context // _MIN_SPLIT_POSITIONS)
-    splits = min(triton.next_power_of_2(wanted), _MAX_SPLITS, triton.next_power_of_2(useful))
-    if wanted < 2:
-        splits = 1
-    return DecodeShape(tile=tile, splits=splits, num_warps=4 if head_dim > 128 or itemsize == 4 else 2, stages=3)
+    splits = triton.next_power_of_2(max(1, min(wanted, useful, _MAX_SPLITS)))
+    few = wanted > 1 or itemsize == 4 or head_dim > 128
+    return DecodeShape(tile=tile, splits=splits, num_warps=4 if few else 2, stages=3 if few else 2)
 
 
 def decode_attention(

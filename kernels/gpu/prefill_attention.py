@@ -123,7 +123,7 @@ def choose_shape(*, head_dim: int, block_size: int, itemsize: int) -> PrefillSha
         return PrefillShape(block_m=32, tile=32, num_warps=4, stages=1)
     if head_dim > 128:
         return PrefillShape(block_m=64, tile=32, num_warps=4, stages=2)
-    return PrefillShape(block_m=128, tile=min(max(block_size, 32), 64), num_warps=8 if head_dim > 64 else 4, stages=3)
+    return PrefillShape(block_m=64, tile=min(max(block_size, 32), 64), num_warps=4, stages=3)
 
 
 def prefill_attention(
