@@ -16,6 +16,7 @@ from headrace import GenerationConfig, PytorchEngineConfig, pipeline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 PROMPTS = ["water", "the mill wheel turns " * 20, "水車 🙂", *(f"prompt {number}" for number in range(40))]
+MIB = 1 << 20
 GREEDY = GenerationConfig(max_new_tokens=16)
 
 
@@ -52,11 +53,11 @@ def test_killed_rank_in_the_middle_of_a_batch(tiny_model_dir: Path, tp: int) -> 
 def test_memory_comes_back(tiny_model_dir: Path) -> None:
     before = torch.cuda.mem_get_info()[0]
     for _ in range(3):
-        pipe = pipeline(str(tiny_model_dir), backend_config=PytorchEngineConfig(device="cuda", cache_max_entry_count=0.5))
+        pipe = pipeline(str(tiny_model_dir), backend_config=PytorchEngineConfig(device="cuda"))
         pid = pipe.frontend.pids[0]
         assert pipe("water", GREEDY).error_code is None  # type: ignore[union-attr]
-        assert torch.cuda.mem_get_info()[0] < before * 0.6
+        assert before - torch.cuda.mem_get_info()[0] > 256 * MIB  # the other process's context, graphs and pool
         pipe.close()
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-        assert abs(torch.cuda.mem_get_info()[0] - before) < before * 0.01
+        assert abs(torch.cuda.mem_get_info()[0] - before) < 64 * MIB
