@@ -74,13 +74,19 @@ def begin_cancel(connection: Connection, batch_id: str) -> None:
     raise Conflict(f"Cannot cancel a batch with status '{row.status}'.")
 
 
-def begin_expire(connection: Connection) -> int:
-    """Mark batches whose time is up; return how many. From here on nobody starts on a chunk of them."""
-    due = select(batches.c.id).where(
-        batches.c.status == BatchStatus.IN_PROGRESS, batches.c.expires_at <= now(), batches.c.expiring_at.is_(None)
-    )
-    picked = due.with_for_update(skip_locked=True)
-    return connection.execute(update(batches).where(batches.c.id.in_(picked)).values(expiring_at=now())).rowcount
+_IS_DUE: Final = and_(
+    batches.c.status == BatchStatus.IN_PROGRESS.value, batches.c.expires_at <= now(), batches.c.expiring_at.is_(None)
+)
+
+
+def find_due(connection: Connection) -> list[str]:
+    """Return the ids of the batches whose time is up."""
+    return list(connection.execute(select(batches.c.id).where(_IS_DUE)).scalars())
+
+
+def begin_expire(connection: Connection, batch_id: str) -> None:
+    """Mark a batch whose time is up. From here on nobody starts on a chunk of it."""
+    connection.execute(update(batches).where(batches.c.id == batch_id, _IS_DUE).values(expiring_at=now()))
 
 
 def find_stopping(connection: Connection) -> list[str]:

@@ -116,7 +116,9 @@ class Store:
         Batches whose window is over end (their open prompts get 'batch_expired'), cancellations whose workers are gone are
         finished, batches whose sender went away before all was stored are given up.
         """
-        self._database.write(batches.begin_expire)
+        for batch_id in self._database.read(batches.find_due):
+            # One at a time, and waiting for it: a batch that is always being written to is never free at first sight.
+            self._database.write(lambda connection, due=batch_id: batches.begin_expire(connection, due))  # type: ignore[misc]
         given_up = self._database.write(batches.give_up_stalled)
         stopping = self._database.read(batches.find_stopping)
         for batch_id in stopping:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from servers import PostgresServer, wait_until
 from sqlalchemy import event, exc, text
-from store_driver import answers, check, execute, pragma, send, submit, take, work_off
+from store_driver import answers, check, execute, outdate, pragma, send, submit, take, work_off
 
 from headrace.batch import BatchStatus
 from headrace.errors import InvalidRequest, StorageFull, StoreUnavailable
@@ -89,7 +89,7 @@ def test_many_dispatchers_send_no_chunk_twice(store: Store) -> None:
 def test_everything_at_once_waits_for_nobody_for_ever(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     """Record, renew, cancel, sweep and dispatch over the same batches, in any order: no deadlock, no error, and all adds up."""
     caplog.set_level(logging.INFO)
-    batches = [submit(store, 40, chunk_size=5) for _ in range(4)]
+    batches = [submit(store, 40, chunk_size=5) for _ in range(6)]
     claims = take(store)
     stop = threading.Event()
 
@@ -107,14 +107,16 @@ def test_everything_at_once_waits_for_nobody_for_ever(store: Store, caplog: pyte
             send(store)
             store.expire_batches()
 
-    def cancel() -> None:
-        time.sleep(0.1)
-        for batch in batches[:2]:
-            store.cancel_batch(batch.id)
+    def end_four() -> None:
+        for cancelled, expired in (batches[:2], batches[2:4]):
+            time.sleep(0.05)
+            store.cancel_batch(cancelled.id)
+            outdate(store, expired.id)
+            store.expire_batches()
 
     def role(i: int) -> None:
         if i == 7:
-            cancel()
+            end_four()
         elif i < 5:
             record(i)
         else:
@@ -125,9 +127,9 @@ def test_everything_at_once_waits_for_nobody_for_ever(store: Store, caplog: pyte
     in_threads(8, role)
     timer.join()
     store.renew(claims, 60)
-    work_off(store, [claim for claim in claims if claim.batch_id not in {batch.id for batch in batches[:2]}])
+    work_off(store, [claim for claim in claims if claim.batch_id not in {batch.id for batch in batches[:4]}])
     statuses = [check(store, batch.id).status for batch in batches]
-    assert statuses == [BatchStatus.CANCELLED] * 2 + [BatchStatus.COMPLETED] * 2
+    assert statuses == [BatchStatus.CANCELLED, BatchStatus.EXPIRED] * 2 + [BatchStatus.COMPLETED] * 2
     retries = [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "store_retry"]
     assert retries == [], "locks were taken in different orders"
 
@@ -135,12 +137,12 @@ def test_everything_at_once_waits_for_nobody_for_ever(store: Store, caplog: pyte
 def test_sixteen_sqlite_writers_are_never_told_that_it_is_locked(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'db'}"
     with Store(url, create=True) as store:
-        batches = [submit(store, 40, chunk_size=40, model=f"m{i}") for i in range(16)]
+        batches = [submit(store, 16, chunk_size=16, model=f"m{i}") for i in range(16)]
 
         def writer(i: int) -> None:
             with Store(url) as own:  # as a process of its own: it shares no lock but SQLite's
                 (claim,) = take(own, model=f"m{i}")
-                for index in range(40):
+                for index in range(16):
                     assert own.record(claim, answers([index])).inserted == 1
                 assert own.finish_chunk(claim)
 
@@ -171,8 +173,11 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(store: Store, store_url:
 def test_a_postgres_that_restarts_is_not_noticed(postgres_server: PostgresServer, postgres_url: str) -> None:
     with Store(postgres_url, create=True) as store:
         batch = submit(store, 4)
-        (claim,) = take(store)
+        (ref,) = send(store)
+        in_threads(4, lambda _: store.ping())  # several connections wait in the pool
         postgres_server.restart()
+        claim = store.claim_chunk(ref.chunk_id, worker="w", lease_s=60)
+        assert claim is not None, "a claim is not tried twice: its connection was tested before"
         assert store.record(claim, answers(range(2))).inserted == 2
         postgres_server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
         work_off(store, [claim])

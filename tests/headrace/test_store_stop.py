@@ -193,6 +193,18 @@ def test_a_batch_expires_at_any_moment(store: Store, moment: Moment) -> None:
     assert store.expire_batches() == 0
 
 
+def test_a_chunk_in_the_middle_is_not_touched_by_the_end_of_its_neighbours(store: Store) -> None:
+    batch = submit(store, 20, chunk_size=4, refused=[9])
+    claims = take(store)
+    work_off(store, [claims[1], claims[3]])
+    for claim in (claims[0], claims[2], claims[4]):
+        lapse(store, claim.chunk_id)
+    assert store.cancel_batch(batch.id).status is BatchStatus.CANCELLED
+    done = check(store, batch.id)
+    assert (done.counts.completed, done.counts.failed) == (8, 12)
+    assert codes(store, batch.id)[8:12] == ["batch_cancelled", "invalid_request", "batch_cancelled", "batch_cancelled"]
+
+
 def test_expiring_is_taken_up_where_a_crash_left_it(store: Store) -> None:
     batch = submit(store, 12, chunk_size=4)
     (claim,) = take(store, limit=1)
