@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except KeyboardInterrupt:
-        _say(f"{name}: interrupted")
+        _say(f"{name}: {getattr(arguments, 'interrupted', 'interrupted')}")
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has what it wanted; without this Python complains once more while it closes stdout.

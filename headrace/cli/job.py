@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
     )
     command.add_argument("--restart", action="store_true", help="throw away what an earlier run for this output computed")
     options.add_json(command)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, interrupted="interrupted; the same command goes on where this one stopped")
 
 
 def run(arguments: argparse.Namespace) -> int:

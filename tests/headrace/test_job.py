@@ -249,17 +249,19 @@ def test_an_empty_input_is_refused(tmp_path: Path) -> None:
         run_job(spec_of(tmp_path), never)
 
 
-def start_cli(*arguments: str | Path) -> subprocess.Popen[str]:
+def start_cli(*arguments: str | Path, new_group: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "headrace.cli", "run", *map(str, arguments)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=new_group
+    )
 
 
 @pytest.mark.slow
 def test_kill_9_and_start_again_computes_only_what_is_missing(tmp_path: Path, tiny_model_dir: Path) -> None:
     """The real command with the real engine: killed without warning in the middle, its answers are neither lost nor repeated."""
-    source, output = write(tmp_path / "in.jsonl", 300), tmp_path / "out.jsonl"
-    config = json.dumps({"max_new_tokens": 24, "ignore_eos": True, "top_k": 0, "temperature": 1.0})
+    source, output = write(tmp_path / "in.jsonl", 1500), tmp_path / "out.jsonl"
+    config = json.dumps({"max_new_tokens": 32, "ignore_eos": True, "top_k": 0, "temperature": 1.0})
     command = (source, "-o", output, "--model", tiny_model_dir, "--gen-config", config, "--json")
     journal = Store(f"sqlite:///{tmp_path}/out.jsonl.headrace/journal.db")
 
@@ -279,7 +281,7 @@ def test_kill_9_and_start_again_computes_only_what_is_missing(tmp_path: Path, ti
     assert children, f"no engine process was running: {error}"
     (batch,) = journal.list_batches()
     kept = {row.index: row for row in journal.stream_results(batch.id)}
-    assert 64 <= len(kept) < 300, error
+    assert 64 <= len(kept) < 1500, error
     assert not output.exists()
     _, alive = psutil.wait_procs(children, timeout=15)
     assert not alive, "the engine outlived the job that started it"
@@ -288,14 +290,31 @@ def test_kill_9_and_start_again_computes_only_what_is_missing(tmp_path: Path, ti
     text, error = second.communicate(timeout=180)
     assert second.returncode == 0, error
     report = json.loads(text)
-    assert report["computed"] == 300 - len(kept)
+    assert report["computed"] == 1500 - len(kept)
     final = {row.index: row for row in journal.stream_results(batch.id)}
-    assert sorted(final) == list(range(300))
+    assert sorted(final) == list(range(1500))
     assert all(final[index] == row for index, row in kept.items()), "a row that was there was computed again"
     rows = rows_of(output)
-    assert [row["custom_id"] for row in rows] == [f"id-{n}" for n in range(300)]
-    assert sum(row["completion_tokens"] for row in rows) == report["completion_tokens"] == 300 * 24
+    assert [row["custom_id"] for row in rows] == [f"id-{n}" for n in range(1500)]
+    assert sum(row["completion_tokens"] for row in rows) == report["completion_tokens"] == 1500 * 32
     journal.close()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_quickly_and_says_how_to_go_on(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """The whole foreground group gets the signal, as from a terminal."""
+    source = write(tmp_path / "in.jsonl", 5000)
+    job = start_cli(source, "-o", tmp_path / "out.jsonl", "--model", tiny_model_dir, new_group=True)
+    journal = tmp_path / "out.jsonl.headrace"
+    wait_until(lambda: (journal / "journal.db-wal").exists() and bool(psutil.Process(job.pid).children()), timeout_s=60)
+    children = psutil.Process(job.pid).children(recursive=True)
+    os.killpg(job.pid, signal.SIGINT)
+    _, error = job.communicate(timeout=30)
+    assert job.returncode == 130, error
+    assert error.splitlines()[-1].endswith("the same command goes on where this one stopped")
+    assert "Traceback" not in error
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
