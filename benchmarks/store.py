@@ -113,7 +113,6 @@ def measure(url: str, rows: int, writers: int) -> dict[str, Any]:
         "writers": writers,
         "create_rows_per_s": round(rows / created),
         "work_off_rows_per_s": round(rows / worked),
-        "record_rows_per_s": round(rows / sum(watch.seconds["record"]) * writers),
         "stream_rows_per_s": round(rows / read),
         **{f"{name}_ms": watch.median_ms(name) for name in ("dispatch", "claim", "pending", "record", "finish", "poll")},
         "record_p99_ms": watch.p99_ms("record"),
@@ -135,8 +134,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("sqlite", "postgres"))
     arguments = parser.parse_args()
     for backend in (arguments.only,) if arguments.only else ("sqlite", "postgres"):
+        load = round(os.getloadavg()[0], 1)  # of others: beside other work every figure is a lower bound
         figures = run(backend, arguments.rows, arguments.writers)
-        host = {"cpus": os.cpu_count(), "python": platform.python_version(), "sqlalchemy": sqlalchemy.__version__}
+        host = {
+            "cpus": os.cpu_count(),
+            "load_before": load,
+            "python": platform.python_version(),
+            "sqlalchemy": sqlalchemy.__version__,
+        }
         peak_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         line = {
             "benchmark": "store",
