@@ -66,6 +66,7 @@ def script(folder: Path, model: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippets_of_the_document(model: Path, tmp_path: Path, name: str) -> None:
     out = run([script(tmp_path, model, SNIPPETS[name])], tmp_path)
@@ -76,6 +77,7 @@ def test_snippets_of_the_document(model: Path, tmp_path: Path, name: str) -> Non
 SHORT = "response = pipe(['water'], gen_config=GenerationConfig(max_new_tokens=4))\nprint(response)\n"
 
 
+@pytest.mark.slow
 def test_script_from_stdin(model: Path, tmp_path: Path) -> None:
     text = (IMPORTS + "backend_config = None\n" + PIPE + SHORT).replace("internlm/internlm-chat-7b", str(model))
     assert "error_code=None" in run(["-P", "-"], tmp_path, stdin=text)
@@ -106,6 +108,7 @@ print('the same three times')
 """
 
 
+@pytest.mark.slow
 def test_in_a_thread_in_an_event_loop_and_in_a_daemonic_process(model: Path, tmp_path: Path) -> None:
     assert "the same three times" in run([script(tmp_path, model, ELSEWHERE)], tmp_path)
 
@@ -130,6 +133,7 @@ print(pipe.frontend.pids[0])
 """
 
 
+@pytest.mark.slow
 def test_dropped_and_forgotten_pipelines_leave_no_process(model: Path, tmp_path: Path) -> None:
     import psutil
 
