@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import logging
 import os
 import shutil
 import socket
@@ -36,8 +35,6 @@ from urllib.parse import urlsplit
 from headrace.errors import Conflict
 from headrace.process import Child, ChildSpec, StackError, birth, kill_group
 from headrace.settings import Settings
-
-log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: where `worker`, `api` and `migrations` are."""
@@ -191,9 +188,6 @@ class Stack:
                     due[name] = now + pause
                     report(
                         f"{name} ended with status {child.exit_status()}; it is started again in {pause:g} s (log: {child.spec.log})"
-                    )
-                    log.warning(
-                        "child died; restarting", extra={"event": "child_died", "child": name, "status": child.exit_status()}
                     )
                 elif now >= due[name]:
                     del due[name]
