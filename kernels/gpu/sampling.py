@@ -271,8 +271,7 @@ def _sample_kernel(
     position = tl.load(p_position + i_row).to(tl.int32)
     word, _, _, _ = tl.philox(tl.load(p_seed + i_row), position, tl.load(p_choice + i_row), position * 0, position * 0)
     u = (word >> 8).to(tl.float32) * 5.9604644775390625e-08
-    k = position * 0
-    top_p = temperature * 0.0 + 1.0
+    k, top_p = position * 0, temperature * 0.0 + 1.0
     if ANY_TOP_K:
         k = tl.load(p_top_k + i_row)
         k = tl.where(k >= V, 0, k)
