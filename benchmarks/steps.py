@@ -121,7 +121,7 @@ def main() -> None:
     engine = Engine(executor, options)
     vocab = json.loads((Path(arguments.model) / "config.json").read_text())["vocab_size"]
     fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40} if arguments.variant == "sample" else {"top_k": 1}
-    config = GenerationConfig(max_new_tokens=2048, **fields)
+    config = GenerationConfig(max_new_tokens=128, **fields)
     for rows in arguments.rows:
         fill(engine, rows=rows, context=arguments.context, vocab=vocab, config=config)
         line = {
