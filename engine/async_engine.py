@@ -11,15 +11,18 @@ import queue
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import repeat
-from typing import Any, Literal, NamedTuple, Self
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import count, repeat
+from typing import Any, Literal, NamedTuple, Self, overload
 
 from engine.answers import Delta
 from engine.frontend import Frontend
+from engine.sessions import RunningSessions, Session
 from engine.supervisor import EngineEvent, Limits
 from headrace.completion import Completion
-from headrace.config import ChatTemplateConfig, EngineConfig, GenerationConfig, Message
+from headrace.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from headrace.errors import InvalidRequest
 from headrace.response import Response
 
@@ -42,30 +45,6 @@ class _Call(NamedTuple):
     shape: Literal["single", "batch", "lazy"]
     pairs: Iterator[tuple[Any, GenerationConfig]]
     """(prompt, config), drawn while the call runs."""
-
-
-@dataclass(slots=True)
-class Session:
-    """A conversation of several turns. It holds text only: each turn renders all of it, and the prefix cache does the rest."""
-
-    history: list[tuple[str, str]] = field(default_factory=list)
-    """(user, assistant) turns so far."""
-    response: Response | None = None
-    """The last turn's; one with an error didn't get into the history."""
-
-    def messages(self, prompt: str) -> list[Message]:
-        """Return the conversation with `prompt` as its next turn."""
-        turns = [
-            Message(role=role, content=text)
-            for pair in self.history
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        return [*turns, Message(role="user", content=prompt)]
-
-    def close(self) -> None:
-        """Forget the conversation."""
-        self.history.clear()
-        self.response = None
 
 
 class AsyncEngine:
@@ -94,6 +73,9 @@ class AsyncEngine:
         )
         # Also when the object is dropped without close(), as a notebook does that makes the next pipeline under the same name.
         self._finalizer = weakref.finalize(self, self.frontend.close)
+        self._running = RunningSessions(self.frontend.abort)
+        self._session_numbers = count(1)
+        self._sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
     def __call__(  # noqa: PLR0913  # the document's signature
         self,
@@ -128,7 +110,7 @@ class AsyncEngine:
         given = {name: value for name, value in given.items() if value is not None}
         return self._generate(prompts, _merge_legacy(gen_config, given), do_preprocess=do_preprocess)
 
-    def batch_infer(self, prompts: Any, gen_config: GenConfigs = None, *, do_preprocess: bool = True) -> Any:
+    def batch_infer(self, prompts: Any, gen_config: GenConfigs = None, do_preprocess: bool = True) -> Any:  # noqa: FBT001, FBT002
         """Do what calling does, but without `gen_config` greedily."""
         return self._generate(prompts, GenerationConfig() if gen_config is None else gen_config, do_preprocess=do_preprocess)
 
@@ -139,7 +121,12 @@ class AsyncEngine:
         call = _sort_out(prompts, GenerationConfig() if gen_config is None else gen_config)
         return self._responses(call.pairs, do_preprocess=do_preprocess)
 
-    def stream_infer(self, prompts: Any, gen_config: GenConfigs = None, *, do_preprocess: bool = True) -> Iterator[Response]:
+    def stream_infer(
+        self,
+        prompts: Any,
+        gen_config: GenConfigs = None,
+        do_preprocess: bool = True,  # noqa: FBT001, FBT002
+    ) -> Iterator[Response]:
         """Give each choice's text piece by piece, all prompts' pieces interleaved.
 
         `Response.index` and `.choice` say whose piece it is; a choice's last piece has a `finish_reason`.
@@ -148,9 +135,17 @@ class AsyncEngine:
         return self._deltas(call.pairs, do_preprocess=do_preprocess)
 
     async def generate(
-        self, prompt: Any, gen_config: GenerationConfig | None = None, *, do_preprocess: bool = True
+        self,
+        prompt: Any,
+        gen_config: GenerationConfig | None = None,
+        *,
+        do_preprocess: bool = True,
+        session_id: int | None = None,
     ) -> AsyncIterator[Response]:
-        """Stream one prompt's choices in an event loop. Leaving the loop early aborts the request."""
+        """Stream one prompt's choices in an event loop. Leaving the loop early aborts the request.
+
+        `session_id`: a number of the caller's for `stop_session`. Raise `InvalidRequest` while another request runs under it.
+        """
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[Response | None] = asyncio.Queue()
 
@@ -163,19 +158,16 @@ class AsyncEngine:
                 put(Response.of(completion))
             put(None)
 
-        handle = await asyncio.to_thread(
-            self.frontend.submit,
-            prompt,
-            gen_config or GenerationConfig(),
-            finish,
-            do_preprocess=do_preprocess,
-            on_delta=lambda delta: put(_piece(delta)),
-        )
-        try:
+        def submit() -> int:
+            config = gen_config or GenerationConfig()
+            return self.frontend.submit(
+                prompt, config, finish, do_preprocess=do_preprocess, on_delta=lambda delta: put(_piece(delta))
+            )
+
+        with ExitStack() as stack:
+            await asyncio.to_thread(stack.enter_context, self._running.run(session_id, submit))
             while (piece := await pieces.get()) is not None:
-                yield piece
-        finally:
-            self.frontend.abort(handle)
+                yield piece if session_id is None else replace(piece, session_id=session_id)
 
     async def async_batch_infer(self, prompts: Any, gen_config: GenConfigs = None, *, do_preprocess: bool = True) -> Any:
         """Do what `batch_infer` does without blocking the event loop. Prompts from an iterator give a list too.
@@ -191,16 +183,75 @@ class AsyncEngine:
 
     def session(self) -> Session:
         """Return a new conversation for `chat`."""
-        return Session()
-
-    def chat(self, prompt: str, session: Session | None = None, gen_config: GenerationConfig | None = None) -> Session:
-        """Take one turn in a conversation (None: a new one) and return it; `session.response` is the answer."""
-        session = session or Session()
-        response = self.batch_infer(session.messages(prompt), gen_config)
-        session.response = response
-        if response.error_code is None:
-            session.history.append((prompt, response.text))
+        session = Session(next(self._session_numbers))
+        self._sessions[session.session_id] = session
         return session
+
+    @overload
+    def chat(
+        self,
+        prompt: str,
+        session: Session | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        stream_response: Literal[False] = False,
+    ) -> Session: ...
+    @overload
+    def chat(
+        self,
+        prompt: str,
+        session: Session | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        stream_response: Literal[True],
+    ) -> Iterator[Response]: ...
+    def chat(
+        self,
+        prompt: str,
+        session: Session | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        stream_response: bool = False,
+    ) -> Session | Iterator[Response]:
+        """Take one turn in a conversation (None: a new one) and return it; `session.response` is the answer.
+
+        With `stream_response` the answer comes piece by piece; the turn is in the history when the last piece was read.
+        Raise `InvalidRequest` while another turn of the session runs.
+        """
+        session = session or self.session()
+        turn = self._turn(session, prompt, gen_config or GenerationConfig(), is_streamed=stream_response)
+        if stream_response:
+            return turn
+        for _ in turn:
+            pass
+        return session
+
+    def _turn(self, session: Session, prompt: str, config: GenerationConfig, *, is_streamed: bool) -> Iterator[Response]:
+        news: queue.SimpleQueue[Delta | Completion] = queue.SimpleQueue()
+        on_delta = news.put if is_streamed else None
+        submit = partial(self.frontend.submit, session.messages(prompt), config, news.put, on_delta=on_delta)
+        with self._running.run(session.session_id, submit):
+            while isinstance(piece := news.get(), Delta):
+                yield replace(_piece(piece), session_id=session.session_id)
+        response = replace(Response.of(piece), session_id=session.session_id)
+        session.keep(prompt, response)
+        if is_streamed and response.error_code is not None:
+            yield response
+
+    def stop_session(self, session_id: int | Session) -> None:
+        """End what runs in a session of `chat`, or of `generate` under this id, with the error 'aborted'; from any thread.
+
+        Its blocks are free with the engine's next step. Nothing happens where nothing runs. The prompts of a call are no sessions.
+        """
+        self._running.stop(session_id.session_id if isinstance(session_id, Session) else session_id)
+
+    def end_session(self, session_id: int | Session) -> None:
+        """Stop a session and forget its conversation."""
+        number = session_id.session_id if isinstance(session_id, Session) else session_id
+        self._running.stop(number)
+        session = self._sessions.get(number)
+        if session is not None:
+            session.close()
 
     def report(self) -> dict[str, Any]:
         """Return what runs here and how: options, memory, chat template, order of sampling, counters."""

@@ -24,6 +24,8 @@ class TemplateParts:
     opening: str | None = None
     """What ends the prompt so that the model answers; None: `assistant`. Differs where that ends in a space, which the
     model writes itself: left in the prompt it becomes a token of its own that the model never saw there."""
+    round_number: tuple[str, str] | None = None
+    """What stands before and after the round's number, which goes before `user`; counted from 1 in each conversation anew."""
     system_inside_user: bool = False
     """The system part stands between the first turn's `user` and its text."""
     stop_words: tuple[str, ...] = ()
@@ -102,6 +104,19 @@ _BAICHUAN2 = TemplateParts(user="<reserved_106>", assistant="<reserved_107>")
 _ULTRACM = TemplateParts(
     eosys="\n", user="User: ", eoh="</s>\n", assistant="Assistant: ", eoa="</s>\n", opening="Assistant:", stop_words=("</s>",)
 )
+_CHATGLM2 = TemplateParts(
+    round_number=("[Round ", "]\n\n"), eosys="\n\n", user="问：", eoh="\n\n", assistant="答：", eoa="\n\n"
+)
+# The instruct models go on with the user's next question where nothing stops them.
+_FALCON = TemplateParts(
+    eosys="\n\n",
+    user="User: ",
+    eoh="\n\n",
+    assistant="Assistant: ",
+    eoa="\n\n",
+    opening="Assistant:",
+    stop_words=("\nUser:",),
+)
 
 FAMILIES: Mapping[str, TemplateParts] = {
     **dict.fromkeys(("base", "llama", "internlm", "internlm-7b", "internlm-20b", "baichuan-7b", "baichuan-base"), _RAW),
@@ -117,6 +132,8 @@ FAMILIES: Mapping[str, TemplateParts] = {
     **dict.fromkeys(("solar", "solar-70b"), _SOLAR_PARTS),
     **dict.fromkeys(("baichuan2", "baichuan2-7b"), _BAICHUAN2),
     **dict.fromkeys(("ultracm", "ultralm"), _ULTRACM),
+    **dict.fromkeys(("chatglm2", "chatglm2-6b"), _CHATGLM2),
+    "falcon": _FALCON,
     "puyu": TemplateParts(),
 }
 """Template name to its parts."""

@@ -6,6 +6,7 @@ is guessed from a directory's name. A role only selects among known parts; it is
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from headrace.errors import InvalidRequest, UnsupportedOption
 
 OWN = "hf"
 """The name that stands for the tokenizer's own template."""
+END_OF_INFILLING = "<EOT>"
 _PART_FIELDS = ("system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eoa")
 _REMEDY = "pass chat_template_config=ChatTemplateConfig(model_name=…), or send plain text with do_preprocess=False"
 
@@ -88,8 +90,11 @@ def render_turns(parts: TemplateParts, messages: Sequence[Message]) -> str:
     system_part = f"{parts.system}{system}{parts.eosys}" if system else ""
     inside = system_part if parts.system_inside_user else ""
     text = "" if parts.system_inside_user else system_part
+    rounds = itertools.count(1)  # here, not beside the parts: a number kept there would go on in somebody else's conversation
     for turn in turns:
         if turn["role"] == "user":
+            if parts.round_number:
+                text += str(next(rounds)).join(parts.round_number)
             text += f"{parts.user}{inside}{turn['content']}{parts.eoh}"
             inside = ""
         elif turn["role"] == "assistant":
@@ -206,12 +211,14 @@ def _named_template(tokenizer: Tokenizer, config: ChatTemplateConfig) -> ChatTem
     if "assistant" in own:
         own["opening"] = None
     parts = replace(family, **own)
-    stop_words = config.stop_words or family.stop_words
+    stop_words = tuple(dict.fromkeys(family.stop_words + config.stop_words))
     source = f"the named template {name!r}"
     if config.capability == "infilling":
         if parts.infill is None:
             raise InvalidRequest(f"the template {name!r} can't infill; model_name='codellama' can", param="capability")
-        return RawTemplate(tokenizer, f"{source}, infilling", config.stop_words or ("<EOT>",), parts.infill)
+        return RawTemplate(
+            tokenizer, f"{source}, infilling", tuple(dict.fromkeys((END_OF_INFILLING, *config.stop_words))), parts.infill
+        )
     if config.capability in ("completion", "python") or (family.is_raw and not any(own.values())):
         return RawTemplate(tokenizer, f"{source}, which is for plain text", config.stop_words)
     return NamedTemplate(tokenizer, parts, source, stop_words)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
 from headrace.errors import InvalidRequest
+from headrace.response_format import ResponseFormat
 
 
 class Message(TypedDict):
@@ -83,6 +84,8 @@ class _Wire:
             value = getattr(self, spec.name)
             default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
             if value != default:
+                if isinstance(value, ResponseFormat):
+                    value = value.to_dict()
                 out[spec.name] = list(value) if isinstance(value, tuple) else value
         return out
 
@@ -139,6 +142,9 @@ class GenerationConfig(_Wire):
     """With k: for each token its raw log-probability and the k most probable ones; 0..20."""
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    response_format: ResponseFormat | None = None
+    """What the answer must match: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {…}}},
+    {"type": "regex", "regex": "…"} or {"type": "grammar", "grammar": "…"} (Lark or GBNF); None or {"type": "text"}: anything."""
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` (a ValueError) naming the first that is wrong."""
@@ -341,6 +347,14 @@ class ChatTemplateConfig(_Wire):
 
     @classmethod
     def from_json(cls, file_or_text: str) -> Self:
-        """Read a JSON file, or JSON text, with this class's fields."""
-        text = file_or_text if file_or_text.lstrip().startswith("{") else Path(file_or_text).read_text(encoding="utf-8")
-        return cls.from_dict(json.loads(text))
+        """Read a JSON file, or JSON text, with this class's fields; raise `InvalidRequest` saying what is wrong with it."""
+        try:
+            text = file_or_text if file_or_text.lstrip().startswith("{") else Path(file_or_text).read_text(encoding="utf-8")
+            data = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise InvalidRequest(f"the chat template can't be read: {error}", param="chat_template_config") from error
+        if isinstance(data, dict) and "model_name" not in data:
+            raise InvalidRequest(
+                "the chat template's JSON names no model_name; 'base' has no parts of its own", param="model_name"
+            )
+        return cls.from_dict(data)

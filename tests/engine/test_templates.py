@@ -29,7 +29,11 @@ GOLDENS = {
     "baichuan2-7b": "S<reserved_106>a<reserved_107>b<reserved_106>c<reserved_107>",
     "ultralm": "S\nUser: a</s>\nAssistant: b</s>\nUser: c</s>\nAssistant:",
     "puyu": "Sabc",
+    "falcon": "S\n\nUser: a\n\nAssistant: b\n\nUser: c\n\nAssistant:",
+    "chatglm2-6b": "S\n\n[Round 1]\n\n问：a\n\n答：b\n\n[Round 2]\n\n问：c\n\n答：",
 }
+GOLDENS |= {"codellama": GOLDENS["llama2"], "wizardlm": GOLDENS["vicuna"], "solar-70b": GOLDENS["solar"]}
+THE_DOCUMENTS_33 = ["base", "llama", "internlm", "vicuna", "wizardlm", "internlm-chat", "internlm-chat-7b", "internlm-chat-20b", "internlm-chat-7b-8k", "internlm-20b", "internlm2-7b", "internlm2-20b", "internlm2-chat-7b", "internlm2-chat-20b", "baichuan-7b", "baichuan2-7b", "puyu", "llama2", "llama-2", "llama-2-chat", "qwen-7b", "qwen-14b", "codellama", "falcon", "chatglm2-6b", "solar", "solar-70b", "ultracm", "ultralm", "yi", "yi-chat", "yi-200k", "yi-34b"]
 CHATML = [name for name, parts in FAMILIES.items() if parts.user.startswith("<|im_start|>")]
 
 
@@ -47,6 +51,30 @@ def choose(
 @pytest.mark.parametrize("name", GOLDENS)
 def test_goldens(name: str) -> None:
     assert render_turns(FAMILIES[name], TALK) == GOLDENS[name]
+
+
+def test_every_name_of_the_documents_time_is_there() -> None:
+    assert len(THE_DOCUMENTS_33) == 33
+    assert set(THE_DOCUMENTS_33) <= set(FAMILIES)
+    assert {name for name in THE_DOCUMENTS_33 if FAMILIES[name].is_raw} == {
+        *("base", "llama", "internlm", "internlm-20b", "internlm2-7b", "internlm2-20b", "baichuan-7b")
+    }
+
+
+def test_rounds_are_counted_in_each_conversation_anew() -> None:
+    chatglm2 = FAMILIES["chatglm2-6b"]
+    first = render_turns(chatglm2, TALK)
+    assert render_turns(chatglm2, TALK) == first
+    assert render_turns(chatglm2, TALK[1:2]) == "[Round 1]\n\n问：a\n\n答："
+
+
+def test_nothing_in_a_message_is_a_format_or_an_expression(tokenizer: Tokenizer) -> None:
+    hostile = "{0} {user} %s $x {{ 7 * 7 }} {% raw %} 1 [Round 9] __import__('os')"
+    for name, parts in FAMILIES.items():
+        if not parts.is_raw:
+            assert render_turns(parts, [{"role": "user", "content": hostile}]).count(hostile) == 1, name
+    ids = choose(tokenizer).encode(hostile)
+    assert tokenizer.decode(ids).count(hostile) == 1
 
 
 @pytest.mark.parametrize("name", CHATML)
@@ -100,6 +128,8 @@ def test_own_parts_of_the_caller(tokenizer: Tokenizer) -> None:
     changed = choose(tokenizer, ChatTemplateConfig("vicuna", assistant="BOT: ", stop_words=("USER",)))
     assert tokenizer.decode(changed.encode("hi")).endswith("USER: hi BOT: ")
     assert changed.stop_words == ("USER",)
+    united = choose(tokenizer, ChatTemplateConfig("internlm2-chat-7b", stop_words=("USER", "<|im_end|>")))
+    assert united.stop_words == ("<|im_end|>", "<|action_end|>", "USER")
     base = choose(tokenizer, ChatTemplateConfig("base", user="Q: ", eoh="\n"))
     assert base.encode("hi") == tokenizer.encode_chat("Q: hi\n")
 
@@ -123,6 +153,8 @@ def test_capability_infilling(tokenizer: Tokenizer) -> None:
     template = choose(tokenizer, ChatTemplateConfig("codellama", capability="infilling"))
     assert template.encode("def f(<FILL>): pass") == tokenizer.encode_raw("<PRE> def f( <SUF>): pass <MID>")
     assert template.stop_words == ("<EOT>",)
+    more = choose(tokenizer, ChatTemplateConfig("codellama", capability="infilling", stop_words=("\n\n",)))
+    assert more.stop_words == ("<EOT>", "\n\n")
     with pytest.raises(InvalidRequest, match="exactly one <FILL>"):
         template.encode("def f")
     with pytest.raises(InvalidRequest, match="can't infill"):
@@ -193,3 +225,19 @@ def test_misplaced_turns_are_refused_by_named_templates() -> None:
         render_turns(FAMILIES["qwen"], [*TALK, {"role": "tool", "content": "x"}])
     with pytest.raises(InvalidRequest, match="needs a user message"):
         render_turns(FAMILIES["qwen"], TALK[:1])
+
+
+def test_a_config_from_json(tmp_path: Path) -> None:
+    text = '{"model_name": "vicuna", "meta_instruction": "M", "capability": "chat", "stop_words": ["USER"]}'
+    (tmp_path / "template.json").write_text(text)
+    expected = ChatTemplateConfig("vicuna", meta_instruction="M", capability="chat", stop_words=("USER",))
+    assert ChatTemplateConfig.from_json(text) == ChatTemplateConfig.from_json(str(tmp_path / "template.json")) == expected
+    for wrong, words in (
+        ("{", "can't be read"),
+        ("/no/such/file", "can't be read"),
+        ('{"user": "U"}', "model_name"),
+        ('{"model_name": "vicuna", "sytem": "S"}', "'sytem'"),
+        ('{"model_name": "vicuna", "capability": "sing"}', "capability"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            ChatTemplateConfig.from_json(wrong)

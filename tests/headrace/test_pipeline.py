@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
+from pipelines import SMALL as CONFIG
+from pipelines import assert_idle
 
 from engine.async_engine import LEGACY_DEFAULTS, AsyncEngine
 from headrace import (
@@ -31,7 +33,6 @@ from headrace import (
 
 GREEDY = GenerationConfig(max_new_tokens=12)
 RANDOM = GenerationConfig(max_new_tokens=12, top_k=0, temperature=1.0)
-CONFIG = PytorchEngineConfig(device="cpu", num_gpu_blocks=256, block_size=16, max_batch_size=16)
 USER = [{"role": "user", "content": "turn the wheel"}]
 
 
@@ -237,11 +238,7 @@ def test_dropped_iterator_aborts_what_it_submitted(pipe: AsyncEngine) -> None:
     answers = pipe.stream((f"prompt {number}" for number in range(10**9)), GenerationConfig(max_new_tokens=4))
     next(answers)
     answers.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 10
-    while pipe.report()["stats"]["in_engine"] and time.monotonic() < deadline:
-        time.sleep(0.02)
-    stats = pipe.report()["stats"]
-    assert (stats["in_engine"], stats["pending"]) == (0, 0)
+    assert_idle(pipe)
 
 
 def test_streams_are_interleaved_and_add_up(pipe: AsyncEngine) -> None:
@@ -286,20 +283,6 @@ def test_eight_threads(pipe: AsyncEngine) -> None:
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda own: [response.text for response in pipe([own] * 10, GREEDY)], prompts))
     assert results == [[text] * 10 for text in expected]
-
-
-def test_chat_keeps_the_history(pipe: AsyncEngine) -> None:
-    session = pipe.chat("turn the wheel", gen_config=GREEDY)
-    assert session.history == [("turn the wheel", pipe("turn the wheel", GREEDY).text)]
-    pipe.chat("again", session, GREEDY)
-    talk = [*USER, {"role": "assistant", "content": session.history[0][1]}, {"role": "user", "content": "again"}]
-    assert session.response is not None
-    assert session.response.text == pipe(talk, GREEDY).text
-    pipe.chat("", session, GREEDY)
-    assert session.response.error_code == "invalid_request"
-    assert len(session.history) == 2
-    session.close()
-    assert session.history == []
 
 
 def test_report_says_what_runs(pipe: AsyncEngine) -> None:

@@ -1,0 +1,92 @@
+"""Conversations of several turns, streamed turns, and stopping what runs in a session, on a real engine with a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pipelines import SMALL, assert_idle
+
+from engine.async_engine import AsyncEngine
+from headrace import GenerationConfig, InvalidRequest, pipeline
+
+GREEDY = GenerationConfig(max_new_tokens=12)
+ENDLESS = GenerationConfig(max_new_tokens=None, ignore_eos=True)
+USER = [{"role": "user", "content": "turn the wheel"}]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model_dir: Path) -> Iterator[AsyncEngine]:
+    with pipeline(str(tiny_model_dir), backend_config=SMALL) as made:
+        yield made
+
+
+def test_chat_keeps_the_history(pipe: AsyncEngine) -> None:
+    session = pipe.chat("turn the wheel", gen_config=GREEDY)
+    assert session.history == [("turn the wheel", pipe("turn the wheel", GREEDY).text)]
+    pipe.chat("again", session, GREEDY)
+    talk = [*USER, {"role": "assistant", "content": session.history[0][1]}, {"role": "user", "content": "again"}]
+    assert session.response is not None
+    assert session.response.text == pipe(talk, GREEDY).text
+    pipe.chat("", session, GREEDY)
+    assert session.response.error_code == "invalid_request"
+    assert len(session.history) == 2
+    session.close()
+    assert session.history == []
+
+
+def test_a_streamed_turn_is_in_the_history_when_it_was_read(pipe: AsyncEngine) -> None:
+    session = pipe.session()
+    turn = pipe.chat("turn the wheel", session, GREEDY, stream_response=True)
+    first = next(turn)
+    assert session.history == []
+    with pytest.raises(InvalidRequest, match="still running"):
+        pipe.chat("me too", session, GREEDY)
+    text = first.text + "".join(piece.text for piece in turn)
+    assert session.history == [("turn the wheel", text)]
+    assert first.session_id == session.session_id != pipe.session().session_id
+    assert text == pipe("turn the wheel", GREEDY).text  # type: ignore[union-attr]
+    assert [piece.error_code for piece in pipe.chat("", session, stream_response=True)] == ["invalid_request"]
+    left = pipe.chat("again", session, ENDLESS, stream_response=True)
+    next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert len(session.history) == 1
+    assert_idle(pipe)
+
+
+def test_a_session_is_stopped_from_another_thread_and_ended(pipe: AsyncEngine) -> None:
+    session = pipe.chat("turn the wheel", gen_config=GREEDY)
+    talk = threading.Thread(target=pipe.chat, args=("again", session, ENDLESS))
+    talk.start()
+    while not pipe.report()["stats"]["in_engine"]:
+        time.sleep(0.001)
+    pipe.stop_session(session.session_id)
+    talk.join(30)
+    assert session.response is not None
+    assert (session.response.finish_reason, session.response.error_code) == ("abort", "aborted")
+    assert len(session.history) == 1
+    assert_idle(pipe)
+    pipe.stop_session(session)  # nothing runs: nothing happens
+    pipe.end_session(session.session_id)
+    assert session.history == []
+    pipe.end_session(10**9)
+
+
+def test_generate_under_a_session_id(pipe: AsyncEngine) -> None:
+    async def main() -> None:
+        got = []
+        async for piece in pipe.generate("water", ENDLESS, session_id=77):
+            got.append(piece)
+            if len(got) == 1:
+                with pytest.raises(InvalidRequest, match="session 77"):
+                    await anext(pipe.generate("mill", GREEDY, session_id=77))
+                pipe.stop_session(77)
+        assert {piece.session_id for piece in got} == {77}
+        assert [piece.error_code for piece in got if piece.error_code] == ["aborted"]
+        assert [piece.session_id async for piece in pipe.generate("water", GREEDY)][0] == 0  # noqa: RUF015
+
+    asyncio.run(main())
