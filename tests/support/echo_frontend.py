@@ -1,7 +1,8 @@
 """An engine that computes nothing: it answers each prompt with the prompt, after a pause. For tests of everything around an engine.
 
 `ECHO_PAUSE_S` (default 0) is the pause of each prompt; all prompts pause at the same time. `ECHO_LOAD_S`: how long it takes to load.
-`ECHO_ANSWERS`: after so many answers it ends for good. A prompt that holds 'REFUSE' fails with `invalid_request`; the usage of a
+`ECHO_ANSWERS`: after so many answers it ends for good. `ECHO_TALLY`: a file that gets an 's' for each prompt started and an 'a' for
+each one answered, whoever kills the process. `ECHO_DIES_ON_SIGUSR2`: when set, that signal ends it for good. A prompt that holds 'REFUSE' fails with `invalid_request`; the usage of a
 text is its number of words.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -68,6 +70,10 @@ class EchoFrontend:
         self._held = False
         self._alive = True
         self._steps = 0
+        path = os.environ.get("ECHO_TALLY")
+        self._tally = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if path else None
+        if "ECHO_DIES_ON_SIGUSR2" in os.environ:
+            signal.signal(signal.SIGUSR2, lambda *_: threading.Thread(target=self.die).start())
         self._thread = threading.Thread(target=self._run, name="echo", daemon=True)
         self._thread.start()
 
@@ -88,7 +94,12 @@ class EchoFrontend:
             self._open[handle] = (prompt, index, on_done)
             heapq.heappush(self._due, (time.monotonic() + self.pause_s, handle))
             self._changed.notify()
+        self._note(b"s")
         return handle
+
+    def _note(self, mark: bytes) -> None:
+        if self._tally is not None:
+            os.write(self._tally, mark)
 
     def abort(self, handle: int) -> None:
         with self._changed:
@@ -141,4 +152,5 @@ class EchoFrontend:
                 self._answers_left -= 1
                 self._steps += 1
                 prompt, index, on_done = entry
+                self._note(b"a")
                 on_done(answer(prompt, index=index))
