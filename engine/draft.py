@@ -20,7 +20,16 @@ class PlannedStep(NamedTuple):
 class PlanDraft:
     """Collects one step's rows."""
 
-    __slots__ = ("admitted", "admitted_states", "budget", "chunks", "sampled_by_chunks", "sampled_by_singles", "singles")
+    __slots__ = (
+        "admitted",
+        "admitted_states",
+        "budget",
+        "chunks",
+        "copies",
+        "sampled_by_chunks",
+        "sampled_by_singles",
+        "singles",
+    )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -32,6 +41,8 @@ class PlanDraft:
         self.sampled_by_chunks: list[SequenceState] = []
         self.admitted: list[Admission] = []
         self.admitted_states: list[SequenceState] = []
+        self.copies: list[tuple[int, int]] = []
+        """(source, destination) blocks of the requests that fork."""
 
     @property
     def is_empty(self) -> bool:
@@ -49,7 +60,7 @@ class PlanDraft:
     def finish(self, step: int) -> PlannedStep:
         """Freeze it."""
         return PlannedStep(
-            StepPlan(step=step, admitted=tuple(self.admitted), rows=(*self.singles, *self.chunks)),
+            StepPlan(step=step, admitted=tuple(self.admitted), copies=tuple(self.copies), rows=(*self.singles, *self.chunks)),
             (*self.sampled_by_singles, *self.sampled_by_chunks),
             tuple(self.admitted_states),
         )

@@ -165,6 +165,8 @@ class Engine:
             for sequence in planned.admitted:
                 if sequence.started_at is None:
                     sequence.started_at = now
+                    if sequence.forked:
+                        continue
                     self._prompt_tokens += sequence.num_prompt
                     self._cached_tokens += sequence.cached_tokens
         return _Launched(planned, running)

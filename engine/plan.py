@@ -50,6 +50,9 @@ class StepPlan:
     step: int
     admitted: tuple[Admission, ...]
     rows: tuple[PlanRow, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    """(source, destination) KV blocks, copied before any row is computed. No block is a source and a destination, and none
+    is a destination twice."""
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +62,9 @@ class StepPlan:
     def to_json(self) -> bytes:
         """Return the bytes that rank 0 sends to the other ranks."""
         admitted = [(one.slot, _request_dict(one.request), one.token_ids, one.blocks) for one in self.admitted]
-        return json.dumps({"step": self.step, "admitted": admitted, "rows": self.rows}, separators=(",", ":")).encode()
+        return json.dumps(
+            {"step": self.step, "admitted": admitted, "rows": self.rows, "copies": self.copies}, separators=(",", ":")
+        ).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> StepPlan:
@@ -75,6 +80,7 @@ class StepPlan:
                 PlanRow(slot, start, count, samples, index, tuple(blocks))
                 for slot, start, count, samples, index, blocks in fields["rows"]
             ),
+            copies=tuple((source, destination) for source, destination in fields["copies"]),
         )
 
 

@@ -84,6 +84,7 @@ class Preparer:
                 stop_ids=stops.stop_ids,
                 bad_sequences=_bad_sequences(self.tokenizer, config.bad_words, config.bad_token_ids),
                 stream=is_streamed or bool(stops.words),
+                family=str(handle) if config.n > 1 else None,
             )
             for choice in range(config.n)
         )

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.models.decoder import LayerCache, StepInputs
 from engine.plan import RunningStep, StepOutput, StepPlan
 from engine.sampler import Sampled, Sampler
-from engine.state_table import StateTable
+from engine.state_table import StateTable, upload
 from headrace.completion import TokenLogprobs
+from kernels.blocks import copy_blocks
 
 Forward = Callable[[StepInputs, Sequence[LayerCache]], Tensor]
 """Writes the step's keys and values into the caches and gives float32 logits [R, V] of the rows that sample."""
@@ -36,6 +38,8 @@ class Runner:
         """Start a step; on a CPU it is done on return."""
         self._table.admit(plan.admitted)
         self._sampler.admit(plan.admitted)
+        if plan.copies:
+            self._copy(plan.copies)
         if not plan.rows:
             return _Done(StepOutput(step=plan.step, tokens=()))
         inputs, rows = self._table.inputs(plan)
@@ -45,6 +49,11 @@ class Runner:
         sampled = self._sampler.sample(logits_QV, rows, self._table.token_ids_SL)
         self._table.store(rows, sampled.tokens_Q)
         return _Launched(plan.step, sampled)
+
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks before anything of the step reads or writes them; a replayed graph comes after it on the same stream."""
+        pairs_P2 = upload(np.array(pairs, dtype=np.int64), self._caches[0].k_BKSH.device)
+        copy_blocks([part for cache in self._caches for part in cache], pairs_P2)
 
 
 class _Done:

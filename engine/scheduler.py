@@ -21,12 +21,14 @@ has been launched, and may then be found by its prefix in the next plan; its tok
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import islice
+from itertools import chain, islice
 
 from engine.blocks import BlockPool
 from engine.draft import PlanDraft, PlannedStep
+from engine.family import Families
 from engine.forecast import Forecast, Load, OutputLengths
 from engine.plan import Admission, PlanRow
+from engine.prefix import PrefixCache
 from engine.request import TokenRequest
 from engine.sequence import SequenceState
 from headrace.errors import ContextLengthExceeded, InvalidRequest, KVCapacity
@@ -52,7 +54,6 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._token_budget = token_budget
         self._prefill_interval = prefill_interval
-        self._caching = enable_prefix_caching
         self._session_len = session_len
         self._step = 0
         self._arrivals = 0
@@ -66,8 +67,8 @@ class Scheduler:
         self._leaving: list[SequenceState] = []
         # Blocks of these were filled by the last plan and are not registered yet.
         self._unregistered: list[SequenceState] = []
-        # Prefix keys that a running request is about to compute; see _admit.
-        self._computing: set[bytes] = set()
+        self._prefixes = PrefixCache(self.pool, block_size, is_enabled=enable_prefix_caching)
+        self._families = Families(self.pool, block_size)
         self._lengths = OutputLengths()
         self._steps_since_admission = 0
         # Set when the head of the queue didn't fit; until blocks are released there is no use in asking again.
@@ -114,6 +115,7 @@ class Scheduler:
         self._arrivals += 1
         self._waiting[sequence.arrival] = sequence
         self._waiting_tokens += sequence.num_tokens
+        self._families.join(sequence)
         return sequence
 
     def plan(self) -> PlannedStep | None:
@@ -124,8 +126,11 @@ class Scheduler:
         self._continue_running(draft)
         self._steps_since_admission += 1
         # A request preempted by this very plan has a token in flight: it can't come back before the host has read it.
-        if self.preemptions == preemptions and self._may_admit():
-            self._admit(draft)
+        if self.preemptions == preemptions:
+            self._let_in(draft)
+            # Nothing runs, and what waits doesn't fit beside the prompts that are kept for forks.
+            if draft.is_empty and self._families.drop_trunks():
+                self._let_in(draft)
         if draft.is_empty:
             return None
         self._step += 1
@@ -140,6 +145,7 @@ class Scheduler:
         if sequence.arrival in self._waiting:
             del self._waiting[sequence.arrival]
             self._waiting_tokens -= sequence.num_tokens
+            self._families.leave(sequence)
         elif sequence.slot is not None:
             if self._running.pop(sequence.slot, None) is None:
                 self._leaving.remove(sequence)
@@ -152,7 +158,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Compare everything that is counted twice. AssertionError: a bug of ours."""
         held = [*self._running.values(), *self._leaving]
-        self.pool.check_integrity(sequence.blocks for sequence in held)
+        self.pool.check_integrity(chain((sequence.blocks for sequence in held), self._families.tables()))
         slots = [sequence.slot for sequence in held]
         assert sorted([*self._free_slots, *slots]) == list(range(self._max_batch_size)), "a slot leaked"  # type: ignore[type-var]
         assert all(sequence.slot == slot for slot, sequence in self._running.items()), (
@@ -170,15 +176,16 @@ class Scheduler:
         assert self._waiting_tokens == sum(sequence.num_tokens for sequence in self._waiting.values()), (
             "waiting tokens miscounted"
         )
-        assert held or not self._computing, "a prefix is said to be computed by nobody"
+        assert held or not self._prefixes.is_computing, "a prefix is said to be computed by nobody"
 
     def _settle(self) -> None:
         """Take note of the step that has been launched since the last plan."""
         if self._unregistered:
             for sequence in self._unregistered:
                 if sequence.slot is not None:
-                    self._register(sequence)
+                    self._prefixes.register(sequence)
             self._unregistered.clear()
+        self._families.settle()
         for sequence in self._leaving:
             self._release(sequence)
         self._leaving.clear()
@@ -221,6 +228,8 @@ class Scheduler:
         `running` is the list that the caller iterates over: victims are cut from its end, where it hasn't been yet.
         """
         while not self.pool.num_free:
+            if self._families.drop_trunks():
+                continue
             victim = running.pop()
             assert victim.slot is not None, "a victim that doesn't run"
             del self._running[victim.slot]
@@ -239,7 +248,7 @@ class Scheduler:
 
     def _grow(self, sequence: SequenceState) -> tuple[int, ...]:
         """Append a block to a sequence whose blocks are all full: all their tokens but the last few are known by now."""
-        self._register(sequence)
+        self._prefixes.register(sequence)
         block = self.pool.allocate(1)
         sequence.blocks += block
         sequence.capacity += self._block_size
@@ -254,7 +263,7 @@ class Scheduler:
         assert sequence.slot is not None, "a chunk of a sequence that doesn't run"
         draft.add(PlanRow(sequence.slot, start, count, samples, sequence.generated, ()), sequence)
         sequence.num_computed = end
-        if self._caching:
+        if self._prefixes.is_enabled:
             self._unregistered.append(sequence)
         if samples:
             sequence.num_tokens += 1
@@ -284,41 +293,52 @@ class Scheduler:
             or self._steps_since_admission >= self._prefill_interval
         )
 
-    def _admit(self, draft: PlanDraft) -> None:
+    def _let_in(self, draft: PlanDraft) -> None:
+        """Start what may start: forks first, at any time, because a fork is one token and takes no prompt's time; then prompts."""
+        may_admit = self._may_admit()
+        may_fork = (may_admit or not self._pool_was_full) and bool(self._free_slots) and self._families.has_forks
+        if not may_admit and not may_fork:
+            return
+        forecast = Forecast(map(self._load, self._running.values()), capacity=self.pool.num_blocks * self._block_size)
+        if (not may_fork or self._fork(draft, forecast)) and may_admit:
+            self._admit(draft, forecast)
+
+    def _fork(self, draft: PlanDraft, forecast: Forecast) -> bool:
+        """Start members of families on their siblings' blocks; False: one didn't fit, and nobody may overtake it."""
+        for sequence, shared, source in self._families.forks():
+            if not draft.budget or not self._free_slots:
+                break
+            if not self._fits(sequence, shared, forecast):
+                self._pool_was_full = True
+                return False
+            self._families.leave(sequence)
+            sequence.forked = True
+            self._start(sequence, shared, draft, computed=sequence.num_prompt - 1)
+            if source is not None:
+                draft.copies.append((source, sequence.blocks[len(shared)]))
+        return True
+
+    def _admit(self, draft: PlanDraft, forecast: Forecast) -> None:
         """Let requests in, in order, while slots, tokens and blocks last.
 
         Passed over is only a request whose prefix another one is computing right now: a step later it finds it in the
         cache, where now it would compute and store it a second time. The other runs and therefore makes progress or
-        releases what it was to compute, so nobody waits for ever.
+        releases what it was to compute, so nobody waits for ever. The same goes for members of a family.
         """
-        forecast = Forecast(map(self._load, self._running.values()), capacity=self.pool.num_blocks * self._block_size)
         for sequence in list(islice(self._waiting.values(), self._max_batch_size)):
             if not draft.budget or not self._free_slots:
                 break
-            cached = self._find_prefix(sequence)
+            cached = None if self._families.must_wait(sequence) else self._prefixes.find(sequence)
             if cached is None:
                 continue
             if not self._fits(sequence, cached, forecast):
                 self._pool_was_full = True
                 break
-            self._start(sequence, cached, draft)
+            self._families.lead(sequence)
+            if not sequence.preemptions:
+                sequence.cached_tokens = len(cached) * self._block_size
+            self._start(sequence, cached, draft, computed=len(cached) * self._block_size)
             self._steps_since_admission = 0
-
-    def _find_prefix(self, sequence: SequenceState) -> list[int] | None:
-        """Return the cached blocks that the sequence starts with; None: the next one is just being computed.
-
-        At least one token stays to be computed: its logits choose the next one.
-        """
-        found: list[int] = []
-        if not self._caching:
-            return found
-        for index in range((sequence.num_tokens - 1) // self._block_size):
-            key = sequence.key(index, self._block_size)
-            block = self.pool.find(key)
-            if block is None:
-                return None if key in self._computing else found
-            found.append(block)
-        return found
 
     def _fits(self, sequence: SequenceState, cached: list[int], forecast: Forecast) -> bool:
         idle = sum(map(self.pool.is_idle, cached))
@@ -337,8 +357,8 @@ class Scheduler:
         size = sequence.num_tokens - sequence.shared_blocks * self._block_size + self._block_size // 2
         return Load(left, size)
 
-    def _start(self, sequence: SequenceState, cached: list[int], draft: PlanDraft) -> None:
-        """Give a waiting request a slot, blocks for all its known tokens, and its first chunk."""
+    def _start(self, sequence: SequenceState, cached: list[int], draft: PlanDraft, *, computed: int) -> None:
+        """Give a waiting request a slot, blocks for all its known tokens, and its first chunk, from position `computed` on."""
         assert len(sequence.tokens) == sequence.num_tokens, "admitted with tokens still in flight"
         del self._waiting[sequence.arrival]
         self._waiting_tokens -= sequence.num_tokens
@@ -348,35 +368,18 @@ class Scheduler:
         sequence.blocks = cached + self.pool.allocate(-(-sequence.num_tokens // size) - len(cached))
         sequence.capacity = len(sequence.blocks) * size
         sequence.num_registered = len(cached)
-        sequence.num_computed = len(cached) * size
-        if not sequence.preemptions:
-            sequence.cached_tokens = sequence.num_computed
-        if self._caching and sequence.num_tokens // size:
-            sequence.key(sequence.num_tokens // size - 1, size)
-            self._computing.update(sequence.keys[len(cached) :])
+        sequence.num_computed = computed
+        self._prefixes.announce(sequence)
         slot = sequence.slot = self._free_slots.pop()
         self._running[slot] = sequence
         draft.admitted.append(Admission(slot, sequence.request, tuple(sequence.tokens), tuple(sequence.blocks)))
         draft.admitted_states.append(sequence)
         self._add_chunk(draft, sequence)
 
-    def _register(self, sequence: SequenceState) -> None:
-        """Make the full blocks findable whose tokens are known and computed by a launched step."""
-        if not self._caching:
-            return
-        first = sequence.num_registered
-        full = min(len(sequence.tokens), sequence.num_computed) // self._block_size
-        for index in range(first, full):
-            self.pool.register(sequence.blocks[index], sequence.key(index, self._block_size))
-        if full > first:
-            sequence.num_registered = full
-            self._computing.difference_update(sequence.keys[first:full])
-
     def _release(self, sequence: SequenceState) -> None:
         """Take slot and blocks back; what was computed stays findable until it is evicted."""
         assert sequence.slot is not None, "released without a slot"
-        self._register(sequence)
-        self._computing.difference_update(sequence.keys[sequence.num_registered :])
+        self._prefixes.retire(sequence)
         self.pool.release(sequence.blocks)
         self._free_slots.append(sequence.slot)
         sequence.slot = None

@@ -22,6 +22,7 @@ class SequenceState:
         "done",
         "exact",
         "final",
+        "forked",
         "keys",
         "limit",
         "logprobs",
@@ -66,6 +67,8 @@ class SequenceState:
         """Leading blocks that are findable by their key (or have a twin that is)."""
         self.shared_blocks = 0
         """Blocks found in the cache that another running sequence was using already: they cost the pool nothing."""
+        self.forked = False
+        """Whether it started on the blocks of a sibling, so that its prompt isn't counted again."""
         self.preemptions = 0
         self.done = False
         # What ends it.

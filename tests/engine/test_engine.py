@@ -3,51 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from engine_on_fake import VOCAB, check, drain, run
 from fake_device import NAN_TOKEN, STOP, FakeDevice, FakeOptions, continue_alone, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.engine import Engine
 from engine.plan import StepPlan
-
-VOCAB = 40
-
-
-def drain(engine: Engine, *, most_steps: int = 3000):
-    """Run until nothing is left; give each request's tokens and its last report."""
-    tokens: dict[str, tuple[int, ...]] = {}
-    last = {}
-    for _ in range(most_steps):
-        if not engine.has_work:
-            return tokens, last
-        for output in engine.step():
-            assert output.request_id not in last, "a report after the last one"
-            tokens[output.request_id] = tokens.get(output.request_id, ()) + output.token_ids
-            if output.finish_reason is not None:
-                last[output.request_id] = output
-    raise AssertionError("livelock")
-
-
-def run(requests, *, num_blocks=64, vocab=VOCAB, **options):
-    opts = FakeOptions(**options)
-    device = FakeDevice(num_blocks, opts, vocab=vocab)
-    engine = Engine(device, opts)
-    for one in requests:
-        engine.add(one)
-    tokens, last = drain(engine)
-    engine.check_integrity()
-    assert device.most_in_flight <= 2
-    return tokens, last, device, engine
-
-
-def check(requests, tokens, last, *, num_blocks=64, session_len=256, block_size=16):
-    for one in requests:
-        room = min(session_len, num_blocks * block_size + 1) - len(one.prompt_ids)
-        expected, reason, detail = continue_alone(one, VOCAB, most=room)
-        report = last[one.request_id]
-        assert (tokens[one.request_id], report.finish_reason, report.stop_detail) == (expected, reason, detail)
-        assert report.error is None
-
 
 prompts = st.lists(st.integers(3, 6), min_size=1, max_size=40)
 
@@ -59,18 +21,17 @@ def jobs(draw):
     out = []
     for index, own in enumerate(made):
         base = made[draw(st.integers(0, index))] if draw(st.booleans()) else []
-        out.append(
-            request(
-                f"r{index}",
-                (base + own)[:60],
-                max_new_tokens=draw(st.integers(1, 40)),
-                stream=draw(st.booleans()),
-                ignore_eos=draw(st.booleans()),
-                min_new_tokens=draw(st.integers(0, 3)),
-                stop_ids=(STOP,) if draw(st.booleans()) else (),
-                logprobs=draw(st.sampled_from([None, 0])),
-            )
-        )
+        choices = draw(st.sampled_from([1, 1, 2, 5]))
+        fields = {
+            "max_new_tokens": draw(st.integers(1, 40)),
+            "stream": draw(st.booleans()),
+            "ignore_eos": draw(st.booleans()),
+            "min_new_tokens": draw(st.integers(0, 3)),
+            "stop_ids": (STOP,) if draw(st.booleans()) else (),
+            "logprobs": draw(st.sampled_from([None, 0])),
+            "family": None if choices == 1 else f"r{index}",
+        }
+        out += [request(f"r{index}-{choice}", (base + own)[:60], choice=choice, **fields) for choice in range(choices)]
     return out
 
 

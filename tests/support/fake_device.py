@@ -34,19 +34,29 @@ class FakeOptions:
 
 
 def request(
-    name: str, prompt, *, max_new_tokens: int = 8, stream: bool = False, stop_ids=(), eos_ids=(EOS,), **config
+    name: str,
+    prompt,
+    *,
+    max_new_tokens: int = 8,
+    stream: bool = False,
+    stop_ids=(),
+    eos_ids=(EOS,),
+    family: str | None = None,
+    choice: int = 0,
+    **config,
 ) -> TokenRequest:
     return TokenRequest(
         request_id=name,
         prompt_ids=tuple(prompt),
         config=GenerationConfig(max_new_tokens=max_new_tokens, **config),
         seed=0,
-        choice=0,
+        choice=choice,
         max_new_tokens=max_new_tokens,
         limit="max_new_tokens",
         eos_ids=tuple(eos_ids),
         stop_ids=tuple(stop_ids),
         stream=stream,
+        family=family,
     )
 
 
@@ -55,8 +65,8 @@ def extend(state: int, token: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{state}/{token}".encode(), digest_size=8).digest(), "big")
 
 
-def next_token(state: int, vocab: int) -> int:
-    return state % vocab
+def next_token(state: int, vocab: int, choice: int = 0) -> int:
+    return (state + 7 * choice) % vocab
 
 
 def continue_alone(req: TokenRequest, vocab: int, most: int | None = None) -> tuple[tuple[int, ...], str, str | None]:
@@ -67,7 +77,7 @@ def continue_alone(req: TokenRequest, vocab: int, most: int | None = None) -> tu
     out: list[int] = []
     limit = req.max_new_tokens if most is None else min(most, req.max_new_tokens)
     while len(out) < limit:
-        token = next_token(state, vocab)
+        token = next_token(state, vocab, req.choice)
         if not req.config.ignore_eos and len(out) >= req.config.min_new_tokens:
             if token in req.eos_ids:
                 return tuple(out), "stop", "eos"
@@ -127,6 +137,7 @@ class FakeDevice:
         for one in plan.admitted:
             assert len(one.token_ids) <= self._options.session_len
             self.slots[one.slot] = _Slot(one.request, list(one.token_ids), list(one.blocks))
+        self._copy(plan)
         # All rows read before any row writes: no row may rely on another row of its own step.
         for row in plan.rows:
             self._read(row)
@@ -154,6 +165,16 @@ class FakeDevice:
         assert len(set(admitted)) == len(admitted)
         assert set(admitted) <= set(slots), "admitted without a row"
 
+    def _copy(self, plan: StepPlan) -> None:
+        sources, destinations = [one for one, _ in plan.copies], [other for _, other in plan.copies]
+        assert len(set(destinations)) == len(destinations), "a block is copied to twice"
+        assert not set(sources) & set(destinations), "a block is copied to and from"
+        for source, destination in plan.copies:
+            for offset in range(self._options.block_size):
+                self.kv.pop((destination, offset), None)
+                if (source, offset) in self.kv:
+                    self.kv[destination, offset] = self.kv[source, offset]
+
     def _place(self, slot: _Slot, position: int) -> tuple[int, int]:
         return slot.blocks[position // self._options.block_size], position % self._options.block_size
 
@@ -180,7 +201,7 @@ class FakeDevice:
             slot = self.slots[row.slot]
             if NAN_TOKEN in slot.request.prompt_ids:
                 invalid.add(len(tokens))
-            token = next_token(slot.state_at(row.start + row.count - 1), self._vocab)
+            token = next_token(slot.state_at(row.start + row.count - 1), self._vocab, slot.request.choice)
             slot.tokens.append(token)
             assert len(slot.tokens) <= self._options.session_len, "the state table overflows"
             tokens.append(token)
