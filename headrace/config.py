@@ -7,17 +7,21 @@ is `to_dict()` (only what differs from the default) and `from_dict()` (which ref
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypedDict
+from typing import Literal, Self, TypedDict
 
 from headrace.errors import InvalidRequest
 from headrace.response_format import ResponseFormat
+from headrace.validation import MOST as _MOST
+from headrace.validation import Wire as _Wire
+from headrace.validation import check as _check
+from headrace.validation import ids as _ids
+from headrace.validation import is_int as _is_int
+from headrace.validation import is_number as _is_number
+from headrace.validation import words as _words
 
 
 class Message(TypedDict):
@@ -32,84 +36,13 @@ Prompt = str | list[Message]
 """One prompt: a text, or a conversation."""
 
 
-_MOST = 2**31 - 1
-"""Bound of every count and token id: they travel as int32 tensors, and one that overflows there would take its whole plan down."""
-
-
-def _check(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        shown = repr(value)
-        shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
-        raise InvalidRequest(f"{name} must be {rule}, not {shown}", param=name)
-
-
-def _is_int(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_number(value: object, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
-    # Not math.isfinite(): it raises OverflowError for a whole number that no float holds. NaN fails both comparisons.
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
-def _words(name: str, value: object) -> tuple[str, ...]:
-    """Accept None, one word or a sequence of words, because users write all three; give a tuple."""
-    if value is None:
-        return ()
-    words = (value,) if isinstance(value, str) else value
-    ok = isinstance(words, list | tuple) and all(isinstance(word, str) and word for word in words)
-    _check(ok, name, value, "a list of non-empty strings")
-    return tuple(words)  # type: ignore[arg-type]  # checked on the line above
-
-
-def _ids(name: str, value: object) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    ids = (value,) if _is_int(value) else value
-    _check(isinstance(ids, list | tuple) and all(_is_int(i, 0, _MOST) for i in ids), name, value, "a list of token ids")
-    return tuple(ids)  # type: ignore[arg-type]  # checked on the line above
-
-
-class _Wire:
-    """`to_dict` and `from_dict` for the dataclasses of this module."""
-
-    __slots__ = ()
-    # pydantic reads this where it validates the same dataclass at the HTTP rim; the docstrings become OpenAPI descriptions.
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready fields that differ from their defaults."""
-        out: dict[str, Any] = {}
-        for spec in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            value = getattr(self, spec.name)
-            default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
-            if value != default:
-                if isinstance(value, ResponseFormat):
-                    value = value.to_dict()
-                out[spec.name] = list(value) if isinstance(value, tuple) else value
-        return out
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Build from a mapping. Raise `InvalidRequest` naming a field that doesn't exist or is out of range."""
-        if not isinstance(data, Mapping):
-            raise InvalidRequest(f"{cls.__name__} must be an object, not {type(data).__name__}")
-        known = {spec.name for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(str(name) for name in set(data) - known)
-        if unknown:
-            raise InvalidRequest(
-                f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}", param=unknown[0]
-            )
-        return cls(**data)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationConfig(_Wire):
     """How to continue one prompt.
 
-    Order of operations on the fp32 logits of one row: bad words and `bad_token_ids`, `logit_bias`, repetition penalty
-    (CTRL rule over prompt and output), presence and frequency penalty (over output), `min_new_tokens`, temperature, top-k,
-    top-p, min-p, draw. `top_k=1` or `temperature=0` is greedy: argmax after the penalties.
+    Order of operations on the fp32 logits of one row: `response_format`, bad words and `bad_token_ids`, `logit_bias`,
+    repetition penalty (CTRL rule over prompt and output), presence and frequency penalty (over output), `min_new_tokens`,
+    temperature, top-k, top-p, min-p, draw. `top_k=1` or `temperature=0` is greedy: argmax after the penalties.
     """
 
     n: int = 1
@@ -117,10 +50,13 @@ class GenerationConfig(_Wire):
     max_new_tokens: int | None = 512
     """Most tokens to generate; None: as many as the session length leaves."""
     top_p: float = 1.0
+    """Keep the most probable tokens while those before them sum up to at most this; 1 keeps all."""
     top_k: int = 1
     """Keep the k most probable tokens; 0 keeps all; 1 (the default) is greedy."""
     temperature: float = 0.8
+    """Logits are divided by it; 0 is greedy."""
     repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the prompt and the output less likely: logits above 0 are divided by it, others multiplied."""
     ignore_eos: bool = False
     """Never stop on, and never emit, an end-of-sequence or stop token: exactly `max_new_tokens` tokens come back."""
     random_seed: int | None = None
@@ -130,21 +66,29 @@ class GenerationConfig(_Wire):
     bad_words: tuple[str, ...] = field(default=())
     """Texts that are never generated (token sequences are banned at their last token)."""
     min_p: float = 0.0
+    """Keep tokens that are at least this fraction as probable as the best one; 0 keeps all."""
     presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the output has."""
     frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the output has it."""
     min_new_tokens: int = 0
     """End-of-sequence and stop tokens are banned until so many tokens are there."""
     stop_token_ids: tuple[int, ...] = field(default=())
+    """Tokens that end the generation, as the end-of-sequence token does."""
     bad_token_ids: tuple[int, ...] = field(default=())
+    """Tokens that are never generated."""
     logit_bias: tuple[tuple[int, float], ...] = field(default=())
     """(token id, added to its logit) pairs; a mapping is accepted."""
     logprobs: int | None = None
     """With k: for each token its raw log-probability and the k most probable ones; 0..20."""
     skip_special_tokens: bool = True
+    """Leave special tokens out of the text; they stay in the token ids."""
     include_stop_str_in_output: bool = False
+    """Leave the stop word that ended the text in it."""
     response_format: ResponseFormat | None = None
-    """What the answer must match: {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {…}}},
-    {"type": "regex", "regex": "…"} or {"type": "grammar", "grammar": "…"} (Lark or GBNF); None or {"type": "text"}: anything."""
+    """What the answer must match: `{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": {…}}}`,
+    `{"type": "regex", "regex": "…"}` or `{"type": "grammar", "grammar": "…"}` (Lark or GBNF); None or `{"type": "text"}`:
+    anything. Only an answer that finished with 'stop' is sure to match: `max_new_tokens` and stop words cut it."""
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` (a ValueError) naming the first that is wrong."""
@@ -181,6 +125,12 @@ class GenerationConfig(_Wire):
             _check(value is None or _is_int(value, low, high), name, value, rule)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        put(self, "response_format", ResponseFormat.parse(self.response_format))
+        if self.ignore_eos and self.response_format is not None:
+            raise InvalidRequest(
+                "response_format ends the answer where it is complete, ignore_eos never ends it; give one of them",
+                param="response_format",
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -216,27 +166,33 @@ class PytorchEngineConfig(_Wire):
     model_name: str | None = None
     """Chat template name; None (or ''): the tokenizer's own template."""
     tp: int = 1
+    """Devices (on a CPU: processes) that share each layer; it divides the model's heads."""
     session_len: int | None = None
     """Most tokens (prompt and output) of one sequence; None: what the model's config allows."""
     max_batch_size: int = 128
     """Most sequences that run at once."""
     eviction_type: Literal["recompute", "copy"] = "recompute"
+    """What becomes of a sequence that gives its KV blocks to others."""
     prefill_interval: int = 16
     """Most decode steps in a row while prompts wait and could be admitted."""
     block_size: int = 64
     """Tokens per KV block; a power of two of at least 16."""
     num_cpu_blocks: int = 0
+    """KV blocks on the host, for `eviction_type='copy'`."""
     num_gpu_blocks: int = 0
     """KV blocks in the pool; 0: from `cache_max_entry_count` and the memory that is free."""
     adapters: dict[str, str] | None = None
+    """LoRA adapters: name to path."""
     max_prefill_token_num: int = 8192
     """Most tokens that one step computes."""
     cache_max_entry_count: float = 0.8
     """Fraction of the memory left after weights and activations that the KV pool takes."""
     enable_prefix_caching: bool = True
+    """Keep the KV blocks of what was computed, and don't compute an equal beginning again."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Weights and KV cache; 'auto': the checkpoint's on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """'auto': CUDA where the host has a device, else the CPU."""
     eager_mode: bool = False
     """Run without CUDA graphs."""
 
@@ -271,16 +227,23 @@ class TurbomindEngineConfig(_Wire):
     """The other configuration class of the document; it is mapped field by field onto the same engine."""
 
     model_name: str | None = None
+    """Chat template name; None: the tokenizer's own template."""
     model_format: Literal["hf", "llama", "awq"] | None = None
+    """Layout of the checkpoint; None: found out."""
     tp: int = 1
+    """Devices (on a CPU: processes) that share each layer; it divides the model's heads."""
     session_len: int | None = None
+    """Most tokens (prompt and output) of one sequence; None: what the model's config allows."""
     max_batch_size: int = 128
+    """Most sequences that run at once."""
     cache_max_entry_count: float = 0.5
     """Below 1: fraction of the memory left for the KV pool; a whole number from 1: KV blocks."""
     quant_policy: int = 0
     """0: KV in the weights' type. 4 (this document's meaning) or 8: 8-bit KV."""
     rope_scaling_factor: float = 0.0
+    """Dynamic NTK scaling of the rotary embedding; below 1: off."""
     use_logn_attn: bool = False
+    """Scale queries beyond the trained length by the logarithm of their position."""
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""
@@ -317,15 +280,25 @@ class ChatTemplateConfig(_Wire):
     """How messages become text. Text fields that are None keep the named template's own."""
 
     model_name: str
+    """A template's name; its parts are used where the fields below are None."""
     system: str | None = None
+    """Stands before the system text."""
     meta_instruction: str | None = None
+    """The system text of a conversation that brings none; '': no system part."""
     eosys: str | None = None
+    """Stands after the system text."""
     user: str | None = None
+    """Stands before a user's text."""
     eoh: str | None = None
+    """Stands after a user's text."""
     assistant: str | None = None
+    """Stands before the assistant's text, and at the end of the prompt."""
     eoa: str | None = None
+    """Stands after the assistant's text."""
     capability: Literal["completion", "infilling", "chat", "python"] | None = None
+    """'chat' (and None): the template. 'completion', 'python': the text as it is. 'infilling': what belongs at `<FILL>` (codellama)."""
     stop_words: tuple[str, ...] = field(default=())
+    """Texts that end the generation, besides the template's own and the model's end-of-sequence tokens."""
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""

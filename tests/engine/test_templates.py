@@ -33,7 +33,12 @@ GOLDENS = {
     "chatglm2-6b": "S\n\n[Round 1]\n\n问：a\n\n答：b\n\n[Round 2]\n\n问：c\n\n答：",
 }
 GOLDENS |= {"codellama": GOLDENS["llama2"], "wizardlm": GOLDENS["vicuna"], "solar-70b": GOLDENS["solar"]}
-THE_DOCUMENTS_33 = ["base", "llama", "internlm", "vicuna", "wizardlm", "internlm-chat", "internlm-chat-7b", "internlm-chat-20b", "internlm-chat-7b-8k", "internlm-20b", "internlm2-7b", "internlm2-20b", "internlm2-chat-7b", "internlm2-chat-20b", "baichuan-7b", "baichuan2-7b", "puyu", "llama2", "llama-2", "llama-2-chat", "qwen-7b", "qwen-14b", "codellama", "falcon", "chatglm2-6b", "solar", "solar-70b", "ultracm", "ultralm", "yi", "yi-chat", "yi-200k", "yi-34b"]
+NAMES_OF_THE_TIME = """
+base llama internlm vicuna wizardlm internlm-chat internlm-chat-7b internlm-chat-20b internlm-chat-7b-8k internlm-20b internlm2-7b
+internlm2-20b internlm2-chat-7b internlm2-chat-20b baichuan-7b baichuan2-7b puyu llama2 llama-2 llama-2-chat qwen-7b qwen-14b
+codellama falcon chatglm2-6b solar solar-70b ultracm ultralm yi yi-chat yi-200k yi-34b
+"""
+THE_DOCUMENTS_33 = NAMES_OF_THE_TIME.split()
 CHATML = [name for name, parts in FAMILIES.items() if parts.user.startswith("<|im_start|>")]
 
 
