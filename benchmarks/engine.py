@@ -39,6 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from random_model import save_random_llama_8b
 from torch import Tensor
 from workloads import CHECKSUM_VOCABULARY, WORKLOADS, Job, draw_single, draw_uneven, draw_warm_up, draw_workload
 
@@ -159,8 +160,9 @@ def record(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     cuda = arguments.device == "cuda"
     line = {
         "benchmark": "engine",
+        "engine": "headrace",
         **fields,
-        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "gpu" if cuda else "cpu": torch.cuda.get_device_name() if cuda else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -231,14 +233,14 @@ def against_transformers(arguments: argparse.Namespace) -> None:
     record(
         arguments,
         {
-            "work": "uneven",
+            "workload": "uneven",
             "against": "transformers",
             "model": path.name,
             "dtype": "float32",
             "jobs": len(jobs),
             "prompt_tokens": sum(len(job.ids) for job in jobs),
             "output_tokens": tokens,
-            "tokens_per_s": round(tokens / wall, 1),
+            "output_tok_s": round(tokens / wall, 1),
             "wall_s": [round(took.wall, 2) for took in (first, last)],
             "cpu_s": [round(took.cpu, 2) for took in (first, last)],
             "static_tokens_per_s": {batch: round(tokens / took.wall, 1) for batch, took in static.items()},
@@ -257,19 +259,10 @@ def model_or_random(path: str | None) -> Iterator[Path]:
     if path is not None:
         yield locate_model(path)
         return
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "llama", vocab_size=CHECKSUM_VOCABULARY, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5, initializer_range=0.02,
-        bos_token_id=0, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder, max_shard_size="4GB")
-        del model
-        torch.cuda.empty_cache()
+        save_random_llama_8b(Path(folder))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         yield Path(folder)
 
 
@@ -278,12 +271,15 @@ def workloads(arguments: argparse.Namespace) -> None:
     with model_or_random(arguments.model) as path:
         started = time.perf_counter()
         engine, executor = make_engine(arguments, path, session_len=arguments.session_len)
+        first = draw_warm_up(CHECKSUM_VOCABULARY, 1, 1)[0]
         vocab = json.loads((path / "config.json").read_text())["vocab_size"]
+        run_engine(engine, [Job(tuple(token % vocab for token in first.ids), 1)], {"top_k": 1}, ())
+        ready = time.perf_counter() - started
         eos_ids = resolve_eos(path)
         for count, seed in ((arguments.warm, 99), (max(1, arguments.warm // 2), 100)):
             run_engine(engine, draw_warm_up(vocab, count, seed), {"top_k": 40, "temperature": 1.0, "top_p": 0.95}, eos_ids)
         common = {"model": path.name if arguments.model else "random-llama-8b", "dtype": arguments.dtype}
-        common |= {"max_batch_size": arguments.max_batch_size, "startup_s": round(time.perf_counter() - started, 1)}
+        common |= {"max_batch_size": arguments.max_batch_size, "ready_s": round(ready, 1)}
         for name in arguments.work.split(","):
             for _ in range(arguments.repeat):
                 fields = (
@@ -291,7 +287,7 @@ def workloads(arguments: argparse.Namespace) -> None:
                     if name == "L1"
                     else run_workload(arguments, engine, name, vocab, eos_ids)
                 )
-                record(arguments, {"work": name, **common, **fields})
+                record(arguments, {"workload": name, **common, **fields})
         executor.close()
 
 
@@ -317,7 +313,7 @@ def run_workload(
         "prompt_tokens": sum(len(job.ids) for job in jobs),
         "output_tokens": tokens,
         "wall_s": round(took.wall, 3),
-        "tokens_per_s": round(tokens / took.wall, 1),
+        "output_tok_s": round(tokens / took.wall, 1),
         "steps": after.steps - before.steps,
         "preemptions": after.preemptions - before.preemptions,
         "blocks": after.blocks_total,
