@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from engine.draft import PlannedStep
+from engine.guidance import Guide, Guides, Row
 from engine.plan import Executor, RunningStep
 from engine.request import TokenOutput, TokenRequest
 from engine.scheduler import Scheduler
 from engine.sequence import SequenceState
 from engine.stats import EngineStats
 from headrace.completion import CompletionError, FinishReason, TokenLogprobs
-from headrace.errors import HeadraceError, NumericalError, RequestAborted
+from headrace.errors import HeadraceError, InvalidRequest, NumericalError, RequestAborted, UnsupportedOption
 
 
 class SchedulingOptions(Protocol):
@@ -68,9 +69,14 @@ class Engine:
     """
 
     def __init__(
-        self, executor: Executor, options: SchedulingOptions, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        executor: Executor,
+        options: SchedulingOptions,
+        *,
+        guides: Guides | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`clock`: seconds, for the timings in `TokenOutput`."""
+        """`guides`: without them requests with a response format are refused; `clock`: seconds, for the timings in `TokenOutput`."""
         self._executor = executor
         self._clock = clock
         self._scheduler = Scheduler(
@@ -82,6 +88,9 @@ class Engine:
             enable_prefix_caching=options.enable_prefix_caching,
             session_len=options.session_len,
         )
+        self._guides = guides
+        # Whether a request with a response format was ever admitted: until then nobody looks for any.
+        self._is_guiding = False
         self._live: dict[str, SequenceState] = {}
         # The step whose tokens the host hasn't read.
         self._previous: _Launched | None = None
@@ -97,33 +106,65 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step()` has anything to do or to report."""
-        return bool(self._live or self._previous or self._reports)
+        return bool(self._live or self._previous or self._reports or self._is_compiling)
+
+    @property
+    def _is_compiling(self) -> bool:
+        return self._guides is not None and self._guides.is_compiling
 
     def add(self, request: TokenRequest) -> None:
         """Queue a request. One that can never run is reported as an error by the next `step()`."""
         assert request.request_id not in self._live, f"request id {request.request_id!r} is in use"
+        if request.config.response_format is None:
+            self._queue(request, None)
+        elif self._guides is None:
+            self._refuse(request.request_id, UnsupportedOption("this engine has no grammars", param="response_format"))
+        else:
+            self._guides.start(request)
+
+    def _queue(self, request: TokenRequest, guide: Guide | None) -> None:
         try:
             sequence = self._scheduler.add(request)
         except HeadraceError as error:
-            self._ended["error"] += 1
-            self._reports.append(
-                TokenOutput(request_id=request.request_id, token_ids=(), finish_reason="error", error=CompletionError.of(error))
-            )
+            self._refuse(request.request_id, error)
             return
+        sequence.guide = guide
         sequence.queued_at = self._clock()
         self._live[request.request_id] = sequence
+
+    def _refuse(self, request_id: str, error: HeadraceError, reason: FinishReason = "error") -> None:
+        self._ended[reason] += 1
+        self._reports.append(
+            TokenOutput(request_id=request_id, token_ids=(), finish_reason=reason, error=CompletionError.of(error))
+        )
+
+    def _queue_compiled(self) -> None:
+        """Queue the requests whose grammars have become ready; sleep for a moment where nothing else is to be done."""
+        assert self._guides is not None, "nobody compiles"
+        for request, guide in self._guides.take(patient=not (self._live or self._previous or self._reports)):
+            if isinstance(guide, HeadraceError):
+                self._refuse(request.request_id, guide)
+            else:
+                self._is_guiding = True
+                self._queue(request, guide)
 
     def abort(self, request_id: str) -> None:
         """End a request now; its blocks are free for the next step. An unknown id has ended already: nothing happens."""
         sequence = self._live.get(request_id)
         if sequence is not None:
             self._reports.append(self._end(sequence, "abort", error=CompletionError.of(RequestAborted())))
+        elif self._guides is not None and self._guides.forget(request_id):
+            self._refuse(request_id, RequestAborted(), "abort")
 
     def step(self) -> list[TokenOutput]:
         """Launch the next step, then read the previous one's tokens while it runs; return what there is to report."""
+        if self._is_compiling:
+            self._queue_compiled()
         planned = self._scheduler.plan()
         launched = None if planned is None else self._launch(planned)
         outputs = self._commit(self._previous)
+        if launched is not None and self._is_guiding:
+            outputs += self._guide(launched.planned)
         self._previous = launched
         if not self.has_work:
             self.check_integrity()
@@ -178,6 +219,10 @@ class Engine:
             return outputs
         result = step.running.result()
         invalid, logprobs = result.invalid, result.logprobs
+        for (sequence, start), scores in zip(step.planned.scored, result.prompt_logprobs, strict=True):
+            # By position: what a preemption lets be computed again says the same again.
+            if sequence.prompt_logprobs is not None:
+                sequence.prompt_logprobs[start : start + len(scores)] = scores
         for entry, (sequence, token) in enumerate(zip(step.planned.sampled, result.tokens, strict=True)):
             # Launched before the host knew that the previous token was the last one.
             if sequence.done:
@@ -194,6 +239,18 @@ class Engine:
                     outputs.append(report)
         return outputs
 
+    def _guide(self, planned: PlannedStep) -> list[TokenOutput]:
+        """Say what the launched step may choose, now that all tokens before its own are known; report who can't go on."""
+        guided = [(entry, one) for entry, one in enumerate(planned.sampled) if one.guide is not None]
+        if not guided:
+            return []
+        assert self._guides is not None, "a guide that nobody made"
+        going = [(entry, one) for entry, one in guided if not one.done]
+        rows = [Row(entry, one.guide, len(one.tokens) - one.num_prompt) for entry, one in going if one.guide is not None]
+        self._executor.choose(self._guides.masks(rows))
+        broken = [(one, error) for (_, one), row in zip(going, rows, strict=True) if (error := row.guide.error()) is not None]
+        return [self._end(one, "error", error=error) for one, error in broken]
+
     def _look_at(self, sequence: SequenceState, logprobs: TokenLogprobs | None) -> TokenOutput | None:
         """Decide whether the token just read ends the request, and what to report of it now."""
         token, request = sequence.tokens[-1], sequence.request
@@ -204,12 +261,21 @@ class Engine:
         if token in sequence.stops and len(sequence.tokens) > sequence.stop_from:
             detail = "eos" if token in request.eos_ids else f"stop_token:{token}"
             return self._end(sequence, "stop", detail=detail, drop_last=True)
+        # Where nothing can follow, waiting for the end token would cost a step, and perhaps the limit.
+        if sequence.guide is not None and sequence.guide.accept(token):
+            return self._end(sequence, "stop", detail="response_format")
         if len(sequence.tokens) == sequence.final:
             return self._end(sequence, "length", detail=sequence.limit)
         return self._report(sequence) if request.stream else None
 
     def _fail(self, sequence: SequenceState) -> TokenOutput:
-        report = self._end(sequence, "error", error=CompletionError.of(NumericalError()))
+        error: HeadraceError = NumericalError()
+        if sequence.guide is not None and sequence.request.bad_sequences:
+            error = InvalidRequest(
+                "bad_words and bad_token_ids leave no token that response_format allows here (or the model produced NaN logits)",
+                param="response_format",
+            )
+        report = self._end(sequence, "error", error=CompletionError.of(error))
         self._scheduler.distrust(sequence)
         return report
 
@@ -242,12 +308,17 @@ class Engine:
         start, end = sequence.reported, len(sequence.tokens) - drop_last
         sequence.reported = end
         logprobs = sequence.logprobs
+        # With the first report that there is: one that is stopped from outside, by a stop word, gets no last one.
+        prompt_logprobs = None
+        if sequence.prompt_logprobs is not None and error is None:
+            prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), None
         first = start - sequence.num_prompt
         started_at = sequence.started_at
         return TokenOutput(
             request_id=sequence.request.request_id,
             token_ids=tuple(sequence.tokens[start:end]),
             logprobs=None if logprobs is None else tuple(logprobs[first : end - sequence.num_prompt]),
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             stop_detail=stop_detail,
             error=error,

@@ -33,7 +33,9 @@ from engine.plan import RunningStep, StepPlan
 from engine.profile import activation_bytes
 from engine.runner import Forward, Runner
 from engine.sampler import Sampler
+from engine.scorer import Scorer
 from engine.state_table import StateTable
+from engine.token_masks import TokenMasks
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +61,11 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     slots = options.max_batch_size
     runner = Runner(
         forward=_forward(options, decoder, caches),
+        head=decoder.head,
         caches=caches,
         table=StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device),
         sampler=Sampler(num_slots=slots, vocab_size=decoder.spec.vocab_size, device=device),
+        scorer=Scorer(num_slots=slots, vocab_size=decoder.spec.vocab_size),
     )
     log.info(
         "model loaded; the engine takes requests now",
@@ -73,7 +77,7 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
 def _forward(options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache]) -> Forward:
     """Choose how steps run: the model as it is, or on a GPU captured graphs where a plan has only single tokens."""
     if options.device == "cpu" or options.eager_mode:
-        return decoder.forward
+        return decoder.hidden
     from engine.graphs import GraphForward  # needed on a GPU alone
 
     graphs = GraphForward(
@@ -137,6 +141,12 @@ class LocalExecutor:
         with _device_guard(self._device):
             return self._rank.runner.launch(plan)
 
+    def choose(self, masks: TokenMasks) -> None:
+        """Sample the step launched last, which waits for its masks."""
+        assert self._rank is not None, "the executor is closed"
+        with _device_guard(self._device):
+            self._rank.runner.choose(masks)
+
     def report(self) -> dict[str, Any]:
         """Say where the memory goes, in bytes."""
         return kv_cache.report(self._memory)
@@ -182,6 +192,13 @@ class TensorParallelExecutor:
                 raise lost_rank(error) from error
             raise
 
+    def choose(self, masks: TokenMasks) -> None:
+        """Sample the step launched last, which waits for its masks on every rank. Raise `RankLost` where one is gone."""
+        assert self._rank is not None, "the executor is closed"
+        self._sender.send(masks.to_bytes())
+        with _device_guard(self._device):
+            self._rank.runner.choose(masks)
+
     def report(self) -> dict[str, Any]:
         """Say where rank 0's memory goes, in bytes; the other ranks' goes the same way."""
         return kv_cache.report(self._memory)
@@ -213,5 +230,10 @@ def serve_rank(options: EngineOptions, rank: int, size: int, rendezvous: str) ->
         runner = _make_rank(options, group, device).runner
         while (frame := receiver.receive()) is not None:
             runner.launch(StepPlan.from_json(frame))
+            if runner.waits_for_masks:
+                # The other half of the same step; without it rank 0 is gone, which the next receive() says as well.
+                if (frame := receiver.receive()) is None:
+                    break
+                runner.choose(TokenMasks.from_bytes(frame))
         receiver.close()
         group.close()

@@ -197,7 +197,7 @@ class Frontend:
             "eos_ids": list(self._info.eos_ids),
             "options": self.options.to_dict(),
             "engine": dict(self._facts),
-            "sampling_order": "bad words, logit_bias, repetition_penalty, presence/frequency penalty, min_new_tokens, temperature, "
+            "sampling_order": "response_format, bad words, logit_bias, repetition_penalty, presence/frequency penalty, min_new_tokens, temperature, "
             "top_k, top_p, min_p, draw",
             "stats": self.stats(),
         }
@@ -324,7 +324,7 @@ class Frontend:
                 self._stream(item.on_delta, item, builder, piece)
         if output.finish_reason is None and builder.result is None:
             return
-        item.note(output)
+        item.note(output, builder.index)
         del self._live[output.request_id]
         if output.finish_reason is None:  # ended by a stop word: the engine doesn't know yet
             self._supervisor.send(Abort((output.request_id,)))
@@ -343,6 +343,7 @@ class Frontend:
             text=piece.text,
             token_ids=piece.token_ids,
             logprobs=piece.logprobs,
+            prompt_logprobs=piece.prompt_logprobs,
             finish_reason=result.finish_reason if result else None,
             stop_detail=result.stop_detail if result else None,
             prompt_tokens=len(item.requests[0].prompt_ids),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from engine.request import TokenRequest
+from engine.token_masks import TokenMasks
 from headrace.completion import TokenLogprobs
 
 
@@ -119,7 +120,14 @@ class Executor(Protocol):
         ...
 
     def launch(self, plan: StepPlan) -> RunningStep:
-        """Start a step on every rank and return at once (on a CPU: when it is done). Plans run in the order launched."""
+        """Start a step on every rank and return at once (on a CPU: when it is done). Plans run in the order launched.
+
+        A step in which a row samples whose request has a response format stops before it samples, until `choose`.
+        """
+        ...
+
+    def choose(self, masks: TokenMasks) -> None:
+        """Sample the step launched last. Called before the next launch, and only for a step that waits for it."""
         ...
 
     def close(self) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from engine.grammar import Grammars
 from engine.model_info import ModelInfo
 from engine.request import LimitName, TokenRequest
 from engine.templates import ChatTemplate, parse_messages
@@ -47,6 +48,11 @@ class Preparer:
     template: ChatTemplate
     info: ModelInfo
     session_len: int
+    _grammars: Grammars = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make room for the response formats that will be asked for."""
+        object.__setattr__(self, "_grammars", Grammars(self.tokenizer, self.info))
 
     def prepare(
         self,
@@ -67,6 +73,8 @@ class Preparer:
                 param="prompt",
             )
         self._check_ids(ids, config)
+        if config.response_format is not None:
+            self._grammars.check(config.response_format)
         wanted = config.max_new_tokens
         limit: LimitName = "session_len" if wanted is None or wanted > room else "max_new_tokens"
         stops = self._stops(config, do_preprocess=do_preprocess)
@@ -134,7 +142,9 @@ class Preparer:
         eos = self.info.eos_ids + self.tokenizer.eos_ids + tuple(special[word] for word in of_template if word in special)
         names = {special[word]: word for word in config.stop_words if word in special and special[word] not in eos}
         # ignore_eos asks for exactly max_new_tokens tokens, so what the template stops on is dropped; the caller's own words stay.
-        words = config.stop_words if config.ignore_eos else config.stop_words + of_template
+        # A response format knows its own end; what a template stops on may stand in the middle of a JSON text.
+        only_own = config.ignore_eos or config.response_format is not None
+        words = config.stop_words if only_own else config.stop_words + of_template
         return Stops(
             words=tuple(dict.fromkeys(word for word in words if word not in special)),
             eos_ids=tuple(dict.fromkeys(eos)),

@@ -147,6 +147,7 @@ def run(pipe: ParentPipe) -> None:
 def _run_engine(options: EngineOptions, pipe: ParentPipe) -> None:
     from engine.engine import Engine
     from engine.executor import make_executor
+    from engine.guidance import Guides
 
     rendezvous = None
     if options.tp > 1:
@@ -156,7 +157,7 @@ def _run_engine(options: EngineOptions, pipe: ParentPipe) -> None:
         pipe.send(Meeting(rendezvous.address))
     executor = make_executor(options, rendezvous)
     try:
-        engine = Engine(executor, options)
+        engine = Engine(executor, options, guides=Guides(options.model_path))
         # What is there now stays for good; scanning a model's objects again and again costs pauses of many milliseconds.
         gc.collect()
         gc.freeze()

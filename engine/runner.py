@@ -7,6 +7,7 @@ Knows nothing of requests beyond their slot, and nothing of scheduling.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,40 +16,91 @@ from torch import Tensor
 from engine.models.decoder import LayerCache, StepInputs
 from engine.plan import RunningStep, StepOutput, StepPlan
 from engine.sampler import Sampled, Sampler
-from engine.state_table import StateTable, upload
+from engine.scorer import Scorer, Scores, read_scores
+from engine.state_table import SampledRows, StateTable, upload
+from engine.token_masks import TokenMasks
 from headrace.completion import TokenLogprobs
 from kernels.blocks import copy_blocks
 
 Forward = Callable[[StepInputs, Sequence[LayerCache]], Tensor]
-"""Writes the step's keys and values into the caches and gives float32 logits [R, V] of the rows that sample."""
+"""Writes the step's keys and values into the caches and gives what the head reads: hidden states [R, D] of the positions asked for."""
+Head = Callable[[Tensor], Tensor]
+"""Makes float32 logits [R, V] of them."""
+
+
+class _Unsampled(NamedTuple):
+    """A step that has run up to its logits."""
+
+    logits_QV: Tensor
+    rows: SampledRows
+    running: _Launched
 
 
 class Runner:
     """One rank's hands. Not thread-safe; plans run in the order launched."""
 
-    def __init__(self, *, forward: Forward, caches: Sequence[LayerCache], table: StateTable, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        *,
+        forward: Forward,
+        head: Head,
+        caches: Sequence[LayerCache],
+        table: StateTable,
+        sampler: Sampler,
+        scorer: Scorer,
+    ) -> None:
         """Take the parts; the runner owns the table and the sampler from here on."""
         self._forward = forward
+        self._head = head
+        self._scorer = scorer
         self._caches = caches
         self._table = table
         self._sampler = sampler
+        self._unsampled: _Unsampled | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> RunningStep:
-        """Start a step; on a CPU it is done on return."""
+        """Start a step; on a CPU it is done on return. One that waits for masks is sampled by `choose`."""
+        assert self._unsampled is None, "a step is launched while another one waits for its masks"
         self._table.admit(plan.admitted)
         self._sampler.admit(plan.admitted)
+        self._scorer.admit(plan.admitted)
         if plan.copies:
             self._copy(plan.copies)
         if not plan.rows:
             return _Done(StepOutput(step=plan.step, tokens=()))
         inputs, rows = self._table.inputs(plan)
-        logits_QV = self._forward(inputs, self._caches)
+        hidden_RD = self._forward(inputs, self._caches)
+        running = _Launched(plan.step)
+        if rows.scored is not None:
+            count = sum(rows.scored.counts)
+            running.report(self._scorer.score(self._head, hidden_RD[:count], rows.scored))
+            hidden_RD = hidden_RD[count:]
         if not rows.host:
-            return _Done(StepOutput(step=plan.step, tokens=()))
-        sampled = self._sampler.sample(logits_QV, rows, self._table.token_ids_SL)
+            return running
+        logits_QV = self._head(hidden_RD)
+        if self._sampler.waits_for_masks(rows):
+            self._unsampled = _Unsampled(logits_QV, rows, running)
+        else:
+            self._sample(logits_QV, rows, running)
+        return running
+
+    @property
+    def waits_for_masks(self) -> bool:
+        """Whether the step launched last isn't sampled yet."""
+        return self._unsampled is not None
+
+    @torch.inference_mode()
+    def choose(self, masks: TokenMasks) -> None:
+        """Sample the step launched last."""
+        assert self._unsampled is not None, "masks for a step that doesn't wait for any"
+        (logits_QV, rows, running), self._unsampled = self._unsampled, None
+        self._sample(logits_QV, rows, running, masks)
+
+    def _sample(self, logits_QV: Tensor, rows: SampledRows, running: _Launched, masks: TokenMasks | None = None) -> None:
+        sampled = self._sampler.sample(logits_QV, rows, self._table.token_ids_SL, masks)
         self._table.store(rows, sampled.tokens_Q)
-        return _Launched(plan.step, sampled)
+        running.start(sampled)
 
     def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks before anything of the step reads or writes them; a replayed graph comes after it on the same stream."""
@@ -69,28 +121,45 @@ class _Done:
 class _Launched:
     """A step whose tokens are on their way to the host."""
 
-    def __init__(self, step: int, sampled: Sampled) -> None:
+    def __init__(self, step: int) -> None:
         self._step = step
+        self._rows: tuple[int, ...] = ()
+        self._host: list[Tensor] = []
+        self._scores: Scores | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def report(self, scores: Scores) -> None:
+        """Send the prompt's log-probabilities on their way."""
+        sent = [_to_host(tensor) for tensor in (scores.targets_P, scores.logprobs_P, scores.top_logprobs_Pk, scores.top_ids_Pk)]
+        self._scores = Scores(scores.counts, scores.widths, *sent)
+        self._mark(scores.targets_P)
+
+    def _mark(self, sent: Tensor) -> None:
+        """Remember the moment up to which `result` waits."""
+        if sent.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def start(self, sampled: Sampled) -> None:
+        """Send the sampled tokens on their way."""
         self._rows = sampled.logprob_rows
         self._widths = sampled.logprob_widths
         wanted = [sampled.tokens_Q, sampled.valid_Q]
         if self._rows:
             wanted += [sampled.logprobs_q, sampled.top_logprobs_qk, sampled.top_ids_qk]
         self._host = [_to_host(tensor) for tensor in wanted]
-        self._event: torch.cuda.Event | None = None
-        if sampled.tokens_Q.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._mark(sampled.tokens_Q)
 
     def result(self) -> StepOutput:
         if self._event is not None:
             self._event.synchronize()
-        tokens, valid = self._host[0].tolist(), self._host[1].tolist()
+        tokens, valid = (tensor.tolist() for tensor in self._host[:2]) if self._host else ([], [])
         return StepOutput(
             step=self._step,
             tokens=tuple(tokens),
             invalid=frozenset(number for number, good in enumerate(valid) if not good),
             logprobs=self._logprobs(tokens) if self._rows else (),
+            prompt_logprobs=() if self._scores is None else read_scores(self._scores),
         )
 
     def _logprobs(self, tokens: list[int]) -> tuple[TokenLogprobs | None, ...]:

@@ -1,6 +1,6 @@
 """From a step's logits to its tokens: what each slot's request asks for, brought to the kernels in the documented order.
 
-Order on the float32 logits of a row: bias, repetition, frequency and presence penalties, bans (bad words, end tokens that may
+Order on the float32 logits of a row: the mask of its response format, bias, repetition, frequency and presence penalties, bans (bad words, end tokens that may
 not come yet), temperature, top-k, top-p, min-p, draw. Bans may come last of the edits because nothing moves minus infinity.
 Only the rows that ask for an edit pay for it. Raw log-probabilities are taken before any of it.
 """
@@ -18,7 +18,18 @@ from torch import Tensor
 from engine.plan import Admission
 from engine.request import TokenRequest
 from engine.state_table import SampledRows, upload
-from kernels.sampling import PenaltyInputs, SamplingInputs, add_bias, apply_penalties, ban, has_nan, sample, token_logprobs
+from engine.token_masks import TokenMasks
+from kernels.sampling import (
+    PenaltyInputs,
+    SamplingInputs,
+    add_bias,
+    allow_only,
+    apply_penalties,
+    ban,
+    has_nan,
+    sample,
+    token_logprobs,
+)
 
 
 class Sampled(NamedTuple):
@@ -56,6 +67,8 @@ class _Wishes(NamedTuple):
     """Repetition, presence, frequency; None: all off."""
     prompt_len: int
     logprobs: int | None
+    guided: bool
+    """Whether it follows a grammar: the step's sampling waits for its mask."""
 
     @property
     def is_plain(self) -> bool:
@@ -65,6 +78,7 @@ class _Wishes(NamedTuple):
 
 def _wishes(request: TokenRequest, vocab_size: int) -> _Wishes:
     config = request.config
+    guided = config.response_format is not None
     ends = (*request.eos_ids, *request.stop_ids)
     banned = [ids[0] for ids in request.bad_sequences if len(ids) == 1]
     banned += ends if config.ignore_eos else ()
@@ -77,12 +91,14 @@ def _wishes(request: TokenRequest, vocab_size: int) -> _Wishes:
         # An id beyond the vocabulary can't come anyway, and would be a write out of bounds.
         bias=tuple((token, value) for token, value in dict(config.logit_bias).items() if token < vocab_size),
         banned=tuple(sorted({token for token in banned if token < vocab_size})),
-        late=tuple(sorted({token for token in ends if token < vocab_size})) if config.min_new_tokens else (),
+        # Masks hold ends back themselves, because only the host knows when a grammar leaves nothing else.
+        late=tuple(sorted({token for token in ends if token < vocab_size})) if config.min_new_tokens and not guided else (),
         min_new_tokens=config.min_new_tokens,
         sequences=tuple(ids for ids in request.bad_sequences if len(ids) > 1 and max(ids) < vocab_size),
         penalties=None if penalties == (1.0, 0.0, 0.0) else penalties,
         prompt_len=len(request.prompt_ids),
         logprobs=config.logprobs,
+        guided=guided,
     )
 
 
@@ -117,12 +133,19 @@ class Sampler:
         bits = np.array(reals, dtype=np.float32).T.astype(np.float64).copy().view(np.int64)
         self._reals_3S.index_copy_(1, slots, upload(bits, self._device).view(torch.float64).float())
 
-    def sample(self, logits_QV: Tensor, rows: SampledRows, token_ids_SL: Tensor) -> Sampled:
+    def waits_for_masks(self, rows: SampledRows) -> bool:
+        """Whether a row follows a grammar, so that the step can't be sampled before the host has read the step before."""
+        return any(self._wishes[row.slot].guided for row in rows.host)
+
+    def sample(self, logits_QV: Tensor, rows: SampledRows, token_ids_SL: Tensor, masks: TokenMasks | None = None) -> Sampled:
         """Choose a token for each row. `logits_QV` float32 may be changed; `token_ids_SL` is the state table's history."""
         wishes = [self._wishes[row.slot] for row in rows.host]
         asking = tuple((number, wish) for number, wish in enumerate(wishes) if not wish.is_plain)
         reporting = tuple(number for number, wish in asking if wish.logprobs is not None)
         raw_qV = logits_QV[self._index(reporting)] if reporting else logits_QV[:0]
+        if masks is not None and masks.entries:
+            words = upload(masks.words_qW.view(np.int64), self._device).view(torch.int32)
+            allow_only(logits_QV, self._index(masks.entries), words)
         if asking:
             self._edit(logits_QV, rows, asking, token_ids_SL)
         valid_Q = ~has_nan(logits_QV)

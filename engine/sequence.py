@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from engine.blocks import ROOT_KEY, prefix_key
 from engine.request import LimitName, TokenRequest
 from headrace.completion import TokenLogprobs
+
+if TYPE_CHECKING:
+    from engine.guidance import Guide
 
 
 class SequenceState:
@@ -23,14 +28,18 @@ class SequenceState:
         "exact",
         "final",
         "forked",
+        "guide",
         "keys",
         "limit",
         "logprobs",
         "num_computed",
         "num_prompt",
         "num_registered",
+        "num_scored",
+        "num_to_score",
         "num_tokens",
         "preemptions",
+        "prompt_logprobs",
         "queued_at",
         "reported",
         "request",
@@ -53,6 +62,10 @@ class SequenceState:
         """`len(tokens)` and the tokens that launched steps choose and the host hasn't read."""
         self.num_computed = 0
         """Positions whose KV is there once every launched step has run."""
+        # Once for a prompt: its other choices have the same.
+        wants_scores = request.config.prompt_logprobs is not None and request.choice == 0
+        self.num_to_score = self.num_prompt - 1 if wants_scores else 0
+        """`num_scored` at the end."""
         self.final = self.num_prompt + max_new_tokens
         """`num_tokens` at which it ends in any case."""
         self.limit = limit
@@ -70,28 +83,40 @@ class SequenceState:
         self.forked = False
         """Whether it started on the blocks of a sibling, so that its prompt isn't counted again."""
         self.preemptions = 0
+        self.num_scored = 0
+        """Leading positions of the prompt whose following token's log-probability a launched step gives."""
         self.done = False
         # What ends it.
         stops = () if request.config.ignore_eos else (*request.eos_ids, *request.stop_ids)
         self.stops = frozenset(stops)
-        self.stop_from = self.num_prompt + request.config.min_new_tokens
-        """`len(tokens)` from which on a stop token ends it (before, the sampler bans them)."""
-        self.exact = not self.stops
+        guided = request.config.response_format is not None
+        self.stop_from = self.num_prompt + (0 if guided else request.config.min_new_tokens)
+        """`len(tokens)` from which on a stop token ends it (before, the sampler bans them; a grammar comes first)."""
+        self.exact = not self.stops and not guided
         """Whether only its length can end it."""
         # Filled by the engine.
         self.queued_at = 0.0
         self.started_at: float | None = None
         self.cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if wants_scores else None
+        """Of the prompt's tokens but the first, as far as read; None: not asked for, or reported already."""
         self.reported = self.num_prompt
         """`len(tokens)` at the last report."""
         self.logprobs: list[TokenLogprobs] | None = None if request.config.logprobs is None else []
-        self.watched = request.stream or self.logprobs is not None
+        self.guide: Guide | None = None
+        """Its place in its grammar, where it has a response format."""
+        self.watched = request.stream or self.logprobs is not None or guided
         """Whether the engine must look at it in every step, not only when it ends."""
 
     @property
     def generated(self) -> int:
         """Tokens generated so far, those in flight included."""
         return self.num_tokens - self.num_prompt
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether no (further) position of the prompt must be computed for its log-probability's sake."""
+        return self.num_scored >= self.num_to_score
 
     def key(self, index: int, block_size: int) -> bytes:
         """Return the prefix key of full block `index`, whose tokens must be known."""

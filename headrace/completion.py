@@ -5,7 +5,7 @@ This module knows no torch, no SQL and no HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -43,6 +43,16 @@ class TokenLogprobs:
     """The k most probable (token id, logprob), most probable first."""
 
 
+def read_logprobs(rows: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprobs, ...] | None:
+    """Rebuild log-probabilities from `asdict` form after JSON."""
+    if rows is None:
+        return None
+    return tuple(
+        TokenLogprobs(token_id=row["token_id"], logprob=row["logprob"], top=tuple((i, p) for i, p in row["top"]))
+        for row in rows
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """One continuation."""
@@ -54,21 +64,13 @@ class Choice:
     """The generated tokens, without the stop token that ended them; all tokens up to a stop word's last one."""
     finish_reason: FinishReason
     stop_detail: str | None = None
-    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'max_new_tokens', 'session_len'."""
+    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len'."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild from `asdict` form after JSON."""
-        logprobs = data.get("logprobs")
-        rows = (
-            None
-            if logprobs is None
-            else tuple(
-                TokenLogprobs(token_id=row["token_id"], logprob=row["logprob"], top=tuple((i, p) for i, p in row["top"]))
-                for row in logprobs
-            )
-        )
+        rows = read_logprobs(data.get("logprobs"))
         return cls(**{**data, "token_ids": tuple(data["token_ids"]), "logprobs": rows})
 
 
@@ -92,6 +94,8 @@ class Completion:
     index: int
     choices: tuple[Choice, ...] = ()
     usage: TokenUsage = TokenUsage()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With `prompt_logprobs`: one for each prompt token but the first."""
     error: CompletionError | None = None
     queue_ms: float = 0.0
     """From submission to the first step that computed it, in the engine."""
@@ -113,6 +117,7 @@ class Completion:
                 **data,
                 "choices": tuple(Choice.from_dict(choice) for choice in data["choices"]),
                 "usage": TokenUsage(**data["usage"]),
+                "prompt_logprobs": read_logprobs(data.get("prompt_logprobs")),
                 "error": None if error is None else CompletionError(**error),
             }
         )

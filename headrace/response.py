@@ -29,12 +29,14 @@ class Response:
     """Tokens of the prompt after the chat template, BOS included."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With `prompt_logprobs`: one for each prompt token but the first. In a stream: in choice 0's first piece."""
     cached_tokens: int = 0
     """How many of `input_token_len` came from the prefix cache."""
     error_code: str | None = None
     error_message: str | None = None
     stop_detail: str | None = None
-    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'max_new_tokens', 'session_len'."""
+    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len'."""
     choice: int = 0
     """Which choice the fields above belong to."""
     choices: tuple[Choice, ...] = ()
@@ -65,6 +67,7 @@ class Response:
             input_token_len=usage.prompt_tokens,
             token_ids=first.token_ids,
             logprobs=first.logprobs,
+            prompt_logprobs=completion.prompt_logprobs,
             cached_tokens=usage.cached_tokens,
             stop_detail=first.stop_detail,
             choices=completion.choices if len(completion.choices) > 1 else (),

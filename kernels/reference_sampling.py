@@ -162,3 +162,14 @@ def apply_penalties(logits_RV: Tensor, inputs: PenaltyInputs) -> None:
     logits_RV.index_put_((rows_QL, tokens_QL), frequency_QL, accumulate=True)
     presence_Q1 = torch.where(output_QL.any(1), inputs.presence_Q, 0.0)[:, None]
     logits_RV[rows_QL, tokens_QL] = logits_RV[rows_QL, tokens_QL] - presence_Q1
+
+
+def allow_only(logits_RV: Tensor, rows_Q: Tensor, words_QW: Tensor) -> None:
+    """See `kernels.sampling.allow_only`."""
+    # Eight bits at a time: a table of 32 columns for each word would be as large as the logits in int32.
+    bits_8 = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=words_QW.device)
+    allowed_QN = (words_QW.contiguous().view(torch.uint8)[:, :, None] & bits_8).ne(0).flatten(1)
+    vocab, known = logits_RV.shape[1], min(logits_RV.shape[1], allowed_QN.shape[1])
+    banned_QV = torch.ones((len(rows_Q), vocab), dtype=torch.bool, device=logits_RV.device)
+    torch.logical_not(allowed_QN[:, :known], out=banned_QV[:, :known])
+    logits_RV.index_copy_(0, rows_Q, logits_RV.index_select(0, rows_Q).masked_fill_(banned_QV, float("-inf")))

@@ -121,6 +121,19 @@ def ban(logits_RV: Tensor, rows: Tensor, tokens: Tensor) -> None:
     logits_RV.index_put_((rows, tokens), logits_RV.new_full((), float("-inf")))
 
 
+def allow_only(logits_RV: Tensor, rows_Q: Tensor, words_QW: Tensor) -> None:
+    """logits[rows[q], t] = -inf, in place, wherever bit t % 32 of words[q, t // 32] (int32) is 0 or there is no such word.
+
+    `logits_RV` float32 with a contiguous last dimension; `rows_Q` int64, none twice. The other rows are not touched.
+    """
+    if logits_RV.is_cuda:
+        from kernels.gpu import token_masks as gpu
+
+        gpu.allow_only(logits_RV, rows_Q, words_QW)
+    else:
+        reference_sampling.allow_only(logits_RV, rows_Q, words_QW)
+
+
 def token_logprobs(logits_RV: Tensor, tokens_R: Tensor, k: int) -> TokenLogprobs:
     """Log probabilities of the chosen tokens and of the k likeliest, under softmax(logits) as given. k may be 0."""
     total_R1 = torch.logsumexp(logits_RV, dim=-1, keepdim=True)

@@ -9,7 +9,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("op", ["rms_norm", "silu_mul", "rotary", "blocks", "decode", "decode_splits", "prefill", "sampling"])
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "silu_mul", "rotary", "blocks", "decode", "decode_splits", "prefill", "sampling", "token_masks"]
+)
 def test_op(op: str, dtype: str) -> None:
     from kernel_checks import run_checks
 

@@ -16,7 +16,7 @@ from kernel_cases import attention_case, sampling_inputs
 from kernel_checks import ATTENTION_SHAPES
 from kernel_launches import Launch, compile_for, recorded
 
-from kernels.gpu import attention, blocks, rms_norm, rotary, sampling, silu_mul
+from kernels.gpu import attention, blocks, rms_norm, rotary, sampling, silu_mul, token_masks
 
 # Bytes of shared memory that one program may take.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -44,6 +44,7 @@ def sampling_launches() -> Iterator[Launch]:
     with recorded() as launches:
         for flags in ((False,) * 4, (True, False, False, False), (True,) * 4):
             sampling.sample(torch.zeros(3, 128256), sampling_inputs(3), *flags)
+        token_masks.allow_only(torch.zeros(3, 128256), torch.tensor([2, 0]), torch.zeros(2, 4008, dtype=torch.int32))
     yield from launches
 
 

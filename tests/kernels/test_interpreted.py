@@ -28,6 +28,7 @@ OPS = [
     "decode_attention",
     "prefill_attention",
     "sample",
+    "token_masks",
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from kernel_cases import naive_kept, sampling_inputs
 
 from kernels.reference_sampling import philox, uniform
-from kernels.sampling import PenaltyInputs, add_bias, apply_penalties, ban, has_nan, sample, token_logprobs
+from kernels.sampling import PenaltyInputs, add_bias, allow_only, apply_penalties, ban, has_nan, sample, token_logprobs
 
 # Random123's kat_vectors, philox4x32 10: counter, key (low word first), output.
 KNOWN_ANSWERS = [
@@ -170,3 +170,17 @@ def test_token_logprobs(k: int) -> None:
     torch.testing.assert_close(out.logprob_R.double(), expected.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=1e-5)
     assert torch.equal(out.top_ids_Rk, expected.topk(k).indices)
     torch.testing.assert_close(out.top_logprobs_Rk.double(), expected.topk(k).values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("vocab", "words"), [(1, 2), (64, 2), (100, 4), (100, 2), (257, 10)])
+def test_allow_only_reads_the_bits_of_its_rows(vocab: int, words: int) -> None:
+    logits = torch.randn(4, vocab)
+    bits = torch.randint(-(2**31), 2**31, (2, words)).to(torch.int32)
+    rows = torch.tensor([3, 1])
+    expected = logits.clone()
+    for number, row in enumerate((3, 1)):
+        for token in range(vocab):
+            if token >= 32 * words or not int(bits[number, token // 32]) >> (token % 32) & 1:
+                expected[row, token] = -math.inf
+    allow_only(logits, rows, bits)
+    assert torch.equal(logits, expected)

@@ -22,7 +22,7 @@ from kernel_cases import ATTENTION_TOLERANCE, attention_case, naive_attention, r
 from torch import Tensor
 
 from kernels import reference, reference_sampling
-from kernels.gpu import attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul
+from kernels.gpu import attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
 from kernels.sampling import SamplingInputs
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -254,6 +254,18 @@ def check_sampling(scale: Scale) -> Iterator[Check]:
         yield Check("sample", f"{kind}, vocabulary {vocab}, no filter", draw_distance(logits, plain, off), 2e-5)
 
 
+def check_token_masks(scale: Scale) -> Iterator[Check]:
+    # (rows, masked rows, vocabulary, words): words for fewer and for more tokens than there are.
+    for rows, masked, vocab, words in [(1, 1, 1, 2), (5, 2, 100, 4), (3, 3, 4096, 130), (9, 4, 6001, 100), (2, 0, 50, 2)]:
+        logits = torch.randn(rows, vocab + 3, device=scale.device)[:, :vocab]
+        picked = torch.randperm(rows, device=scale.device)[:masked]
+        bits = torch.randint(-(2**31), 2**31, (masked, words), device=scale.device).to(torch.int32)
+        expected = logits.clone()
+        reference_sampling.allow_only(expected, picked, bits)
+        token_masks.allow_only(logits, picked, bits)
+        yield Check("token_masks", f"{masked} of {rows} x {vocab}, {words} words", float((logits != expected).sum()), 0.0)
+
+
 CHECKS: dict[str, Callable[[Scale], Iterator[Check]]] = {
     "rms_norm": check_rms_norm,
     "silu_mul": check_silu_mul,
@@ -263,6 +275,7 @@ CHECKS: dict[str, Callable[[Scale], Iterator[Check]]] = {
     "decode_splits": check_decode_splits,
     "prefill": check_prefill,
     "sampling": check_sampling,
+    "token_masks": check_token_masks,
 }
 
 

@@ -1,0 +1,151 @@
+"""Response formats compiled for one model's tokenizer, by llguidance, which is imported only when a request has one.
+
+Lark grammars, GBNF (turned into Lark), regexes and JSON schemas become matchers; a matcher that has consumed nothing is kept
+for each format and copied for each request. This module doesn't know requests, steps or masks.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.model_info import ModelInfo
+from headrace.errors import HeadraceError, InvalidRequest, UnsupportedOption
+from headrace.response_format import ResponseFormat
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from engine.tokenizer import Tokenizer
+
+_PARAM = "response_format"
+_KEPT = 64
+# Bounded: with any amount of white space allowed, a model that has lost its way writes line feeds until max_new_tokens.
+_JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \n\t]{1,32}"}
+_SILENT = 0
+
+
+class Grammars:
+    """Compiles and keeps the formats of one model. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, info: ModelInfo) -> None:
+        """Read nothing yet: the vocabulary is built for the first format that is asked for."""
+        self._tokenizer = tokenizer
+        self._info = info
+        self._vocabulary: LLTokenizer | None = None
+        self._kept: OrderedDict[ResponseFormat, LLMatcher | HeadraceError] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of_model(cls, path: Path | str) -> Grammars:
+        """Load the tokenizer of a model directory."""
+        from engine.tokenizer import Tokenizer
+
+        return cls(Tokenizer(path), ModelInfo.read(Path(path)))
+
+    @property
+    def width(self) -> int:
+        """Words of 32 tokens in a mask; even, because masks are uploaded as 64-bit numbers."""
+        return 2 * -(-self._num_tokens // 64)
+
+    @property
+    def end_id(self) -> int:
+        """The token that a matcher allows where the grammar allows the end; some token or other where the model has no such."""
+        assert self._vocabulary is not None, "asked before anything was compiled"
+        return self._vocabulary.eos_token
+
+    def check(self, wanted: ResponseFormat) -> None:
+        """Compile; raise `InvalidRequest` for a format that doesn't, `UnsupportedOption` where formats can't be used at all."""
+        with self._lock:
+            found = self._kept.get(wanted)
+            if found is None:
+                try:
+                    found = self._compile(wanted)
+                except HeadraceError as error:
+                    # Kept as well: a job with a bad schema asks for it a million times.
+                    found = error
+                self._kept[wanted] = found
+                if len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
+            else:
+                self._kept.move_to_end(wanted)
+        if isinstance(found, HeadraceError):
+            raise type(found)(found.message, param=_PARAM)
+
+    def matcher(self, wanted: ResponseFormat) -> LLMatcher:
+        """Return a matcher of its own for a request. Raises as `check` does."""
+        self.check(wanted)
+        with self._lock:
+            found = self._kept.get(wanted)
+        if found is None or isinstance(found, HeadraceError):  # pushed out by others between the two lines above
+            return self.matcher(wanted)
+        return found.deep_copy()
+
+    @property
+    def _num_tokens(self) -> int:
+        # A model's logits may be wider than its tokenizer, or (seldom) the other way round.
+        return max(self._info.vocab_size, self._tokenizer.vocab_size)
+
+    def _compile(self, wanted: ResponseFormat) -> LLMatcher:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise UnsupportedOption(
+                "response_format needs the package llguidance on the engine's host, which is not installed there: "
+                f"pip install llguidance ({error})",
+                param=_PARAM,
+            ) from error
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary()
+        try:
+            matcher = llguidance.LLMatcher(self._vocabulary, _grammar(wanted), log_level=_SILENT)
+        except Exception as error:
+            raise _refused(wanted, str(error)) from error
+        if matcher.is_error():
+            raise _refused(wanted, matcher.get_error())
+        return matcher
+
+    def _read_vocabulary(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        backend = getattr(self._tokenizer.hf, "backend_tokenizer", None)
+        ends = self._info.eos_ids + self._tokenizer.eos_ids
+        try:
+            backend = copy.copy(backend)
+            backend.no_padding()  # type: ignore[union-attr]  # AttributeError: a tokenizer that isn't made of Rust
+            backend.no_truncation()  # type: ignore[union-attr]
+            return LLTokenizer(
+                backend.to_str(),  # type: ignore[union-attr]
+                n_vocab=32 * self.width,
+                eos_token=ends[0] if ends else None,
+            )
+        except Exception as error:
+            raise UnsupportedOption(
+                f"response_format can't be used with this model's tokenizer: {_one_line(str(error))}", param=_PARAM
+            ) from error
+
+
+def _grammar(wanted: ResponseFormat) -> str:
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+
+    if wanted.type == "json_object":
+        return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON_DEFAULTS)
+    if wanted.type == "json_schema":
+        return LLMatcher.grammar_from_json_schema(wanted.source, defaults=_JSON_DEFAULTS)
+    if wanted.type == "regex":
+        return LLMatcher.grammar_from_regex(wanted.source)
+    is_gbnf = "::=" in wanted.source and not is_lark_syntax(wanted.source)
+    return LLMatcher.grammar_from_lark(gbnf_to_lark(wanted.source) if is_gbnf else wanted.source)
+
+
+def _refused(wanted: ResponseFormat, why: str) -> InvalidRequest:
+    return InvalidRequest(f"response_format: this {wanted.type} can't be compiled: {_one_line(why)}", param=_PARAM)
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 500 else f"{text[:500]}…"
