@@ -30,13 +30,13 @@ def alone(tiny_model_dir: Path) -> list[list[int]]:
 
 
 def requests() -> list[TokenRequest]:
-    # No end token instead of ignore_eos: lengths that are known beforehand are planned for, and nothing is preempted.
-    sampled: dict[str, Any] = {"top_k": 0, "temperature": 1.0, "eos_ids": ()}
-    return [token_request(str(number), [5 + number] * 20, max_new_tokens=40, **sampled) for number in range(6)]
+    # They may end by themselves: where all lengths are known beforehand they are planned for, and nothing is preempted.
+    sampled: dict[str, Any] = {"top_k": 0, "temperature": 1.0}
+    return [token_request(str(number), [5 + number] * 20, max_new_tokens=60, **sampled) for number in range(12)]
 
 
 def test_preempted(tiny_model_dir: Path, alone: list[list[int]]) -> None:
-    engine = make_engine(tiny_model_dir, num_gpu_blocks=8, block_size=16, max_batch_size=6)
+    engine = make_engine(tiny_model_dir, num_gpu_blocks=8, block_size=16, max_batch_size=8)
     assert texts(run(engine, requests())) == alone
     assert engine.stats().preemptions > 0
 

@@ -1,4 +1,4 @@
-"""The document's five examples as scripts of a user's, changed in their import line and model path only, and where users run them."""
+"""Where users run the document's programs: in threads, loops, daemons, from stdin and -c, forked and forgotten."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from document import IMPORTS, PIPE, SNIPPETS
+from document import IMPORTS, PIPE
 from tiny_models import save_tiny_model
 
 
@@ -45,21 +45,14 @@ def script(folder: Path, model: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SNIPPETS)
-def test_snippets_of_the_document(model: Path, tmp_path: Path, name: str) -> None:
-    out = run([script(tmp_path, model, SNIPPETS[name])], tmp_path)
-    assert out.count("Response(text=") == 2
-    assert out.count("error_code=None") == 2
-
-
 SHORT = "response = pipe(['water'], gen_config=GenerationConfig(max_new_tokens=4))\nprint(response)\n"
 
 
 @pytest.mark.slow
-def test_script_from_stdin(model: Path, tmp_path: Path) -> None:
+def test_script_from_stdin_and_from_the_command_line(model: Path, tmp_path: Path) -> None:
     text = (IMPORTS + "backend_config = None\n" + PIPE + SHORT).replace("internlm/internlm-chat-7b", str(model))
     assert "error_code=None" in run(["-P", "-"], tmp_path, stdin=text)
+    assert "error_code=None" in run(["-P", "-c", text], tmp_path)
 
 
 ELSEWHERE = """
