@@ -39,6 +39,7 @@ def install(app: Celery, settings: Settings) -> None:
     """Add the steps to `app`, for a worker with `settings`."""
     app.headrace_settings = settings
     app.headrace_runtime = None
+    app.conf.worker_consumer = "worker.consumer:SteadyConsumer"
     app.steps["worker"].add(EngineStep)
     app.steps["consumer"].add(VisibilityStep)
 

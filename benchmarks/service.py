@@ -1,0 +1,233 @@
+"""The service end to end, with an engine that answers at once: what REST, SQL, Redis and Celery cost together.
+
+    python benchmarks/service.py [--rows 30000] [--million 1000000] [--only sqlite|postgres]
+
+A real Redis, database (fsync on), API process and one worker process share this machine's cores, with the client beside them. For
+each database one JSON line is printed and appended to benchmarks/results/service.jsonl:
+
+    prompts_per_s      from the first POST to the end of the last batch: rows in batches of 10,000 over HTTP
+    status_*_ms        GET /v1/batches/{id} while that runs, 20 a second
+    results_per_s      results.jsonl of those batches, read as bytes
+    million_*          one batch of `--million` prompts: seconds until 202, the API's memory before and at its highest, cancel, and the
+                       million results streamed; the same through Store.create_batch from a generator, in a process of its own
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+import httpx
+from servers import PostgresServer, RedisServer, free_port
+from service import Service
+from worker_process import HeadraceProcess, wait_for
+
+from headrace.settings import Settings
+
+BATCH = 10_000
+IS_THERE = """
+import resource, sys
+sys.path[:0] = [sys.argv[1]]
+from headrace.config import GenerationConfig
+from headrace.store import Store
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+with Store(sys.argv[2]) as store:
+    store.create_batch((f"prompt {i} with a few more words" for i in range(1000)), GenerationConfig(), model="other")
+    before = peak()
+    store.create_batch((f"prompt {i} with a few more words" for i in range(int(sys.argv[3]))), GenerationConfig(), model="other")
+    print(before, peak())
+"""
+
+
+def prompts(count: int) -> list[str]:
+    return [f"prompt {index} with a few more words" for index in range(count)]
+
+
+class Poller:
+    """Asks for the newest batch's status 20 times a second while it is open, and keeps the times."""
+
+    def __init__(self, base_url: str) -> None:
+        self.times_ms: list[float] = []
+        self.batch_id: str | None = None
+        self._base_url = base_url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._base_url, timeout=30) as http:
+            while not self._stop.wait(0.05):
+                if self.batch_id is not None:
+                    started = time.perf_counter()
+                    assert http.get(f"/v1/batches/{self.batch_id}").status_code == 200
+                    self.times_ms.append(1e3 * (time.perf_counter() - started))
+
+    def at(self, share: float) -> float:
+        """Return the time within which `share` of the polls were answered, in milliseconds."""
+        times = sorted(self.times_ms)
+        return round(times[int(len(times) * share)], 2)
+
+
+def post(http: httpx.Client, body: bytes) -> str:
+    reply = http.post("/v1/batches", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 202, reply.text
+    return str(reply.json()["id"])
+
+
+def highest_rss_mib(process: HeadraceProcess) -> int:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
+
+
+def count_lines(http: httpx.Client, batch_id: str) -> int:
+    count = 0
+    with http.stream("GET", f"/v1/batches/{batch_id}/results.jsonl") as reply:
+        for piece in reply.iter_bytes(1 << 20):
+            count += piece.count(b"\n")
+    return count
+
+
+def measure_overhead(service: Service, http: httpx.Client, base_url: str, rows: int) -> dict[str, Any]:
+    body = json.dumps({"prompts": prompts(BATCH)}).encode()
+    with service.worker(concurrency=8) as worker, Poller(base_url) as poller:
+        service.ready(worker)
+        started = time.perf_counter()
+        ids = []
+        for _ in range(rows // BATCH):
+            ids.append(post(http, body))
+            poller.batch_id = ids[-1]
+        for batch_id in ids:
+            service.wait_over(batch_id, worker, timeout_s=600)
+        seconds = time.perf_counter() - started
+        worker_mib = round(worker.rss_mib())
+    started = time.perf_counter()
+    streamed = sum(count_lines(http, batch_id) for batch_id in ids)
+    stream_s = time.perf_counter() - started
+    for batch_id in ids:
+        service.assert_exactly_once(batch_id, BATCH)
+    assert streamed == len(ids) * BATCH, "a benchmark of wrong results says nothing"
+    return {
+        "rows": streamed,
+        "prompts_per_s": round(streamed / seconds),
+        "status_p50_ms": poller.at(0.5),
+        "status_p99_ms": poller.at(0.99),
+        "status_polls": len(poller.times_ms),
+        "results_per_s": round(streamed / stream_s),
+        "worker_rss_mib": worker_mib,
+    }
+
+
+def measure_million(service: Service, http: httpx.Client, api: HeadraceProcess, count: int) -> dict[str, Any]:
+    body = json.dumps({"prompts": prompts(count)}).encode()
+    before = highest_rss_mib(api)
+    started = time.perf_counter()
+    batch_id = post(http, body)
+    accepted_s = time.perf_counter() - started
+    highest, after = highest_rss_mib(api), round(api.rss_mib())
+    started = time.perf_counter()
+    assert http.post(f"/v1/batches/{batch_id}/cancel").json()["request_counts"]["failed"] == count
+    cancelled_s = time.perf_counter() - started
+    started = time.perf_counter()
+    assert count_lines(http, batch_id) == count
+    stream_s = time.perf_counter() - started
+    command = [sys.executable, "-c", IS_THERE, str(ROOT), service.settings.database_url, str(count)]
+    started = time.perf_counter()
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603  # our own code, above
+    store_before, store_peak = map(float, printed.split())
+    return {
+        "million_rows": count,
+        "million_body_mib": len(body) >> 20,
+        "million_accepted_s": round(accepted_s, 1),
+        "million_api_rss_mib_before": before,
+        "million_api_rss_mib_highest": highest,
+        "million_api_rss_mib_after": after,
+        "million_cancelled_s": round(cancelled_s, 1),
+        "million_results_per_s": round(count / stream_s),
+        "million_store_s": round(time.perf_counter() - started, 1),
+        "million_store_rss_mib_before": round(store_before),
+        "million_store_rss_mib_highest": round(store_peak),
+    }
+
+
+def measure(settings: Settings, folder: Path, *, rows: int, million: int) -> dict[str, Any]:
+    """Run everything on one database and return its figures."""
+    service = Service(settings, folder)
+    port = free_port()
+    base_url = f"http://127.0.0.1:{port}"
+    arguments = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
+    with HeadraceProcess(arguments, settings, folder / "api.log") as api, httpx.Client(base_url=base_url, timeout=600) as http:
+        wait_for(lambda: "Uvicorn running" in api.log_tail(10**6), timeout_s=60, what="the API is up", process=api)
+        figures = measure_overhead(service, http, base_url, rows)
+        if million:
+            figures |= measure_million(service, http, api, million)
+    service.close()
+    return figures
+
+
+def databases(stack: ExitStack, folder: Path, only: str | None) -> Iterator[tuple[str, str]]:
+    if only != "postgres":
+        yield "sqlite", f"sqlite:///{folder}/headrace.db"
+    if only != "sqlite":
+        server = stack.enter_context(PostgresServer(durable=True))
+        yield "postgres", stack.enter_context(server.database())
+
+
+def main() -> None:
+    """Measure both databases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=30_000, help=f"a multiple of {BATCH}")
+    parser.add_argument("--million", type=int, default=1_000_000, help="0: leave it out")
+    parser.add_argument("--only", choices=("sqlite", "postgres"))
+    asked = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        redis = stack.enter_context(RedisServer())
+        for database, url in databases(stack, folder, asked.only):
+            load = round(os.getloadavg()[0], 1)  # of others: beside other work every figure is a lower bound
+            settings = Settings(
+                model="echo", engine_frontend="echo_frontend:EchoFrontend", redis_url=redis.url, database_url=url, home=folder
+            )
+            figures = measure(settings, folder, rows=asked.rows, million=asked.million)
+            line = json.dumps(
+                {
+                    "engine": "echo",
+                    "workload": f"{asked.rows} prompts of 7 words",
+                    "database": database,
+                    **figures,
+                    "device": f"{os.cpu_count()} CPU {platform.machine()}",
+                    "load_before": load,
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "commit": commit.stdout.strip(),
+                }
+            )
+            print(line, flush=True)
+            with (ROOT / "benchmarks" / "results" / "service.jsonl").open("a") as file:
+                file.write(line + "\n")
+            redis.flush()
+
+
+if __name__ == "__main__":
+    main()
