@@ -31,6 +31,8 @@ class Delta:
     prompt_tokens: int
     completion_tokens: int
     """Of this choice, so far."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """In the first piece of choice 0."""
 
 
 class Piece(NamedTuple):
@@ -40,6 +42,7 @@ class Piece(NamedTuple):
     """'' where the text is only decoded at the end of the choice."""
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
 
 
 class ChoiceBuilder:
@@ -53,6 +56,7 @@ class ChoiceBuilder:
         self._stops = stops
         self._is_streamed = is_streamed
         self.result: Choice | None = None
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -74,6 +78,9 @@ class ChoiceBuilder:
 
     def push(self, output: TokenOutput) -> Piece:
         """Take news; return what of it is new. `result` is set when the choice is finished."""
+        scores = None
+        if self.prompt_logprobs is None:  # else they came from an engine that died
+            scores = self.prompt_logprobs = output.prompt_logprobs
         skipped = min(self._skip, len(output.token_ids))
         self._skip -= skipped
         first, position = len(self._text), skipped
@@ -87,7 +94,7 @@ class ChoiceBuilder:
         if output.finish_reason is not None and self.result is None:
             self._finish(output.finish_reason, output.stop_detail)
         logprobs = None if output.logprobs is None else output.logprobs[skipped:position]
-        return Piece("".join(self._text[first:]), output.token_ids[skipped:position], logprobs)
+        return Piece("".join(self._text[first:]), output.token_ids[skipped:position], logprobs, scores)
 
     def _show(self, text: str) -> bool:
         """Pass text through the stop words; True when one of them ended the choice."""
@@ -156,9 +163,10 @@ class Item:
         """Requests that the item still needs."""
         return sum(builder.result is None for builder in self.builders)
 
-    def note(self, output: TokenOutput) -> None:
+    def note(self, output: TokenOutput, choice: int) -> None:
         """Keep what a finished request says about time and cache."""
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        if choice == 0:  # the other choices found what this one computed
+            self.cached_tokens = output.cached_tokens
         self.queue_ms = max(self.queue_ms, output.queue_ms + 1e3 * (self.sent_at - self.submitted_at))
         self.run_ms = max(self.run_ms, output.run_ms)
 
@@ -173,6 +181,7 @@ class Item:
             index=self.index,
             choices=() if error else choices,
             usage=usage,
+            prompt_logprobs=None if error else self.builders[0].prompt_logprobs,
             error=error,
             queue_ms=round(self.queue_ms, 3),
             run_ms=round(self.run_ms, 3),

@@ -330,6 +330,7 @@ def _piece(delta: Delta) -> Response:
         input_token_len=delta.prompt_tokens,
         token_ids=delta.token_ids,
         logprobs=delta.logprobs,
+        prompt_logprobs=delta.prompt_logprobs,
         stop_detail=delta.stop_detail,
         choice=delta.choice,
     )

@@ -15,6 +15,8 @@ class PlannedStep(NamedTuple):
     sampled: tuple[SequenceState, ...]
     """One for each row that samples, in the order of the rows."""
     admitted: tuple[SequenceState, ...]
+    scored: tuple[tuple[SequenceState, int], ...] = ()
+    """For each row that scores, in the order of the rows: whose it is, and where it starts."""
 
 
 class PlanDraft:
@@ -28,6 +30,8 @@ class PlanDraft:
         "copies",
         "sampled_by_chunks",
         "sampled_by_singles",
+        "scored_by_chunks",
+        "scored_by_singles",
         "singles",
     )
 
@@ -39,6 +43,8 @@ class PlanDraft:
         self.chunks: list[PlanRow] = []
         self.sampled_by_singles: list[SequenceState] = []
         self.sampled_by_chunks: list[SequenceState] = []
+        self.scored_by_singles: list[tuple[SequenceState, int]] = []
+        self.scored_by_chunks: list[tuple[SequenceState, int]] = []
         self.admitted: list[Admission] = []
         self.admitted_states: list[SequenceState] = []
         self.copies: list[tuple[int, int]] = []
@@ -55,6 +61,8 @@ class PlanDraft:
         (self.singles if single else self.chunks).append(row)
         if row.samples:
             (self.sampled_by_singles if single else self.sampled_by_chunks).append(sequence)
+        if row.scores:
+            (self.scored_by_singles if single else self.scored_by_chunks).append((sequence, row.start))
         self.budget -= row.count
 
     def finish(self, step: int) -> PlannedStep:
@@ -63,4 +71,5 @@ class PlanDraft:
             StepPlan(step=step, admitted=tuple(self.admitted), copies=tuple(self.copies), rows=(*self.singles, *self.chunks)),
             (*self.sampled_by_singles, *self.sampled_by_chunks),
             tuple(self.admitted_states),
+            (*self.scored_by_singles, *self.scored_by_chunks),
         )

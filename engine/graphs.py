@@ -81,16 +81,16 @@ class GraphForward:
         self._used = 0
 
     def __call__(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
-        """Give float32 logits of the rows that sample."""
+        """Give the hidden states of the positions that reach the head. They may lie in memory that the next replay overwrites."""
         attention = inputs.attention
         rows = attention.num_single
         if attention.max_query_len > 1 or rows >= len(self._size_for_rows):
-            return self._model.forward(inputs, caches)
+            return self._model.hidden(inputs, caches)
         size = self._size_for_rows[rows]
         self._load(inputs, rows)
         self._graphs[size].replay()
         hidden_RD = self._hidden_RD[:rows]
-        return self._model.head(hidden_RD if inputs.sampled_R is None else hidden_RD.index_select(0, inputs.sampled_R))
+        return hidden_RD if inputs.sampled_R is None else hidden_RD.index_select(0, inputs.sampled_R)
 
     @torch.inference_mode()
     def capture(self) -> float:

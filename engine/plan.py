@@ -42,6 +42,8 @@ class PlanRow(NamedTuple):
     """How many tokens the request had generated before this one (the position that keys its random numbers)."""
     new_blocks: tuple[int, ...]
     """KV blocks appended to the slot's table before this step."""
+    scores: int = 0
+    """Of so many of its first positions the log-probability of the token that follows is wanted (a prompt's own tokens)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +80,8 @@ class StepPlan:
                 for slot, request, token_ids, blocks in fields["admitted"]
             ),
             rows=tuple(
-                PlanRow(slot, start, count, samples, index, tuple(blocks))
-                for slot, start, count, samples, index, blocks in fields["rows"]
+                PlanRow(slot, start, count, samples, index, tuple(blocks), scores)
+                for slot, start, count, samples, index, blocks, scores in fields["rows"]
             ),
             copies=tuple((source, destination) for source, destination in fields["copies"]),
         )
@@ -101,6 +103,8 @@ class StepOutput:
     """Entries whose logits held a NaN: their token means nothing."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Empty when no row of the step asked for them."""
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    """Entry i belongs to the i-th row of the plan that scores: of the tokens at positions start+1 .. start+scores."""
 
 
 class RunningStep(Protocol):

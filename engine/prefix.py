@@ -24,10 +24,11 @@ class PrefixCache:
     def find(self, sequence: SequenceState) -> list[int] | None:
         """Return the cached blocks that the sequence starts with; None: the next one is just being computed.
 
-        At least one token stays to be computed: its logits choose the next one.
+        At least one token stays to be computed: its logits choose the next one. A prompt whose own tokens' log-probabilities
+        are wanted finds nothing: they come from computing it.
         """
         found: list[int] = []
-        if not self.is_enabled:
+        if not self.is_enabled or not sequence.is_scored:
             return found
         for index in range((sequence.num_tokens - 1) // self._block_size):
             key = sequence.key(index, self._block_size)

@@ -7,6 +7,7 @@ import torch
 from engine import kv_cache
 from engine.models.decoder import Decoder, StepInputs
 from engine.options import EngineOptions
+from engine.scorer import LEAST_AT_ONCE
 from kernels.attention import AttentionMetadata
 
 
@@ -57,5 +58,5 @@ def _largest_step(options: EngineOptions, *, longest: int, device: torch.device)
         positions_T=positions_T.to(device),
         slots_T=positions_T.to(device),
         attention=attention,
-        sampled_R=torch.arange(min(budget, options.max_batch_size), device=device),
+        sampled_R=torch.arange(min(budget, max(options.max_batch_size, LEAST_AT_ONCE)), device=device),
     )

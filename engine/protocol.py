@@ -178,15 +178,19 @@ def _request_to_dict(request: TokenRequest) -> dict[str, Any]:
 
 def _output_to_dict(output: TokenOutput) -> dict[str, Any]:
     row = _fields(output)
-    row["logprobs"] = None if output.logprobs is None else [(p.token_id, p.logprob, p.top) for p in output.logprobs]
+    for name in ("logprobs", "prompt_logprobs"):
+        positions = getattr(output, name)
+        row[name] = None if positions is None else [(p.token_id, p.logprob, p.top) for p in positions]
     row["error"] = None if output.error is None else asdict(output.error)
     return row
 
 
 def _output_from_dict(row: dict[str, Any]) -> TokenOutput:
-    logprobs, error = row["logprobs"], row["error"]
-    rows = None if logprobs is None else tuple(_logprobs(*triple) for triple in logprobs)
-    row.update(token_ids=tuple(row["token_ids"]), logprobs=rows, error=None if error is None else CompletionError(**error))
+    for name in ("logprobs", "prompt_logprobs"):
+        if row[name] is not None:
+            row[name] = tuple(_logprobs(*triple) for triple in row[name])
+    error = row["error"]
+    row.update(token_ids=tuple(row["token_ids"]), error=None if error is None else CompletionError(**error))
     return TokenOutput(**row)
 
 

@@ -64,6 +64,8 @@ class TokenOutput:
     """New tokens, without the end-of-sequence or stop token that ended the request."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of `token_ids`, where the request asked for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each prompt token but the first, in the first report of a request that asked for them and is choice 0."""
     finish_reason: FinishReason | None = None
     """None while it runs."""
     stop_detail: str | None = None

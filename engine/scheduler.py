@@ -261,7 +261,11 @@ class Scheduler:
         end = start + count
         samples = end == sequence.num_tokens
         assert sequence.slot is not None, "a chunk of a sequence that doesn't run"
-        draft.add(PlanRow(sequence.slot, start, count, samples, sequence.generated, ()), sequence)
+        scores = 0
+        if not sequence.is_scored:
+            scores = max(0, min(end, sequence.num_to_score) - start)
+            sequence.num_scored = max(sequence.num_scored, start + scores)
+        draft.add(PlanRow(sequence.slot, start, count, samples, sequence.generated, (), scores), sequence)
         sequence.num_computed = end
         if self._prefixes.is_enabled:
             self._unregistered.append(sequence)

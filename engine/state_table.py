@@ -33,6 +33,15 @@ class SampledRow(NamedTuple):
     output_index: int
 
 
+class ScoredRows(NamedTuple):
+    """The rows of a step whose tokens' own log-probabilities are wanted. P scored positions."""
+
+    slots: tuple[int, ...]
+    counts: tuple[int, ...]
+    targets_P: Tensor
+    """int64: the tokens that follow the scored positions."""
+
+
 class SampledRows(NamedTuple):
     """The rows of a step that sample, on the host and on the device, in the plan's order."""
 
@@ -41,6 +50,8 @@ class SampledRows(NamedTuple):
     """int64, as the next two."""
     lengths_Q: Tensor
     output_indices_Q: Tensor
+    scored: ScoredRows | None = None
+    """Their positions stand before those that sample among what reaches the head."""
 
 
 def upload(values: Ints, device: torch.device) -> Tensor:
@@ -113,18 +124,33 @@ class StateTable:
             row_T = torch.repeat_interleave(torch.arange(num_rows, device=self._device), counts_R, output_size=num_tokens)
             slot_T = slots_R[row_T]
             positions_T = torch.arange(num_tokens, device=self._device) - query_start_R1[row_T] + starts_R[row_T]
+        scored, places_P = self._scored(rows, ends - counts)
+        if places_P is not None:
+            last_Q = torch.cat([places_P, last_Q])
         inputs = StepInputs(
             tokens_T=self.token_ids_SL.view(-1).index_select(0, slot_T * self._width + positions_T),
             positions_T=positions_T,
             slots_T=self._cache_slots(slot_T, positions_T),
             attention=attention,
-            sampled_R=None if len(host) == num_tokens else last_Q,
+            sampled_R=None if len(host) == num_tokens and scored is None else last_Q,
         )
-        return inputs, SampledRows(host, slots_Q, lengths_Q, indices_Q)
+        return inputs, SampledRows(host, slots_Q, lengths_Q, indices_Q, scored)
 
     def store(self, rows: SampledRows, tokens_Q: Tensor) -> None:
         """Write the sampled tokens behind their rows' last ones: the next plan computes them from here."""
         self.token_ids_SL.view(-1).index_copy_(0, rows.slots_Q * self._width + rows.lengths_Q, tokens_Q.to(torch.int32))
+
+    def _scored(self, rows: Sequence[PlanRow], firsts: Ints) -> tuple[ScoredRows | None, Tensor | None]:
+        """Find the rows that score and where in the step their scored positions stand; `firsts`: where each row does."""
+        scoring = [(row, int(first)) for row, first in zip(rows, firsts, strict=True) if row.scores]
+        if not scoring:
+            return None, None
+        places = [np.arange(first, first + row.scores) for row, first in scoring]
+        following = [np.arange(row.scores) + row.slot * self._width + row.start + 1 for row, _ in scoring]
+        places_P, following_P = upload(np.concatenate(places + following), self._device).chunk(2)
+        targets_P = self.token_ids_SL.view(-1).index_select(0, following_P).to(torch.int64)
+        slots, counts = tuple(row.slot for row, _ in scoring), tuple(row.scores for row, _ in scoring)
+        return ScoredRows(slots, counts, targets_P), places_P
 
     def _cache_slots(self, slot_T: Tensor, positions_T: Tensor) -> Tensor:
         """Where each token's key and value lie in the pool."""

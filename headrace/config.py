@@ -79,6 +79,9 @@ class GenerationConfig(_Wire):
     """Tokens that are never generated."""
     logit_bias: tuple[tuple[int, float], ...] = field(default=())
     """(token id, added to its logit) pairs; a mapping is accepted."""
+    prompt_logprobs: int | None = None
+    """With k: for each prompt token but the first its raw log-probability and the k most probable ones; 0..20.
+    Such a prompt is computed whole, without the prefix cache."""
     logprobs: int | None = None
     """With k: for each token its raw log-probability and the k most probable ones; 0..20."""
     skip_special_tokens: bool = True
@@ -119,7 +122,12 @@ class GenerationConfig(_Wire):
             _check(_is_number(value, lo, hi), name, value, f"a number from {lo} to {hi}")
         penalty = self.repetition_penalty
         _check(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a number above 0")
-        for name, low, high in (("max_new_tokens", 1, _MOST), ("random_seed", 0, 2**64 - 1), ("logprobs", 0, 20)):
+        for name, low, high in (
+            ("max_new_tokens", 1, _MOST),
+            ("random_seed", 0, 2**64 - 1),
+            ("logprobs", 0, 20),
+            ("prompt_logprobs", 0, 20),
+        ):
             value = getattr(self, name)
             rule = f"None or a whole number from {low} to {high}"
             _check(value is None or _is_int(value, low, high), name, value, rule)

@@ -67,20 +67,21 @@ def to_row(batch_id: str, completion: Completion, *, recorded_at: float, worker:
         "attempts": completion.attempts,
         "worker": worker,
         "recorded_at": recorded_at,
-        "body": encode_answer(completion.choices, completion.error),
+        "body": encode_answer(completion.choices, completion.error, completion.prompt_logprobs),
     }
 
 
 def from_row(row: Row[Any]) -> Completion:
     """Undo `to_row`."""
-    choices, error = decode_answer(row.body)
+    answer = decode_answer(row.body)
     return Completion(
         index=row._mapping["index"],  # noqa: SLF001  # public, for names that a tuple has too
-        choices=choices,
+        choices=answer.choices,
         usage=TokenUsage(
             prompt_tokens=row.prompt_tokens, cached_tokens=row.cached_tokens, completion_tokens=row.completion_tokens
         ),
-        error=error,
+        prompt_logprobs=answer.prompt_logprobs,
+        error=answer.error,
         queue_ms=row.queue_ms,
         run_ms=row.run_ms,
         attempts=row.attempts,

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
-from headrace.completion import Choice, Completion, CompletionError
+from headrace.completion import Choice, Completion, CompletionError, TokenLogprobs, read_logprobs
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import InvalidRequest
 
@@ -160,24 +160,51 @@ def to_json(value: Any) -> str:
     return text
 
 
-def encode_answer(choices: tuple[Choice, ...], error: CompletionError | None) -> str:
+def encode_answer(
+    choices: tuple[Choice, ...],
+    error: CompletionError | None,
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None,
+) -> str:
     """Return the JSON of what a completion says, without what the row's columns hold."""
-    return to_json({"choices": [_choice(choice) for choice in choices], "error": None if error is None else asdict(error)})
+    data: dict[str, Any] = {
+        "choices": [_choice(choice) for choice in choices],
+        "error": None if error is None else asdict(error),
+    }
+    if prompt_logprobs is not None:
+        data["prompt_logprobs"] = _logprobs(prompt_logprobs)
+    return to_json(data)
+
+
+def _logprobs(rows: tuple[TokenLogprobs, ...]) -> list[dict[str, Any]]:
+    return [{"token_id": row.token_id, "logprob": row.logprob, "top": row.top} for row in rows]
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
     # Not asdict(): it visits every token id, which costs more than the insert does.
     data = {name: getattr(choice, name) for name in _CHOICE_FIELDS}
     if choice.logprobs is not None:
-        data["logprobs"] = [{"token_id": row.token_id, "logprob": row.logprob, "top": row.top} for row in choice.logprobs]
+        data["logprobs"] = _logprobs(choice.logprobs)
     return data
 
 
-def decode_answer(text: str) -> tuple[tuple[Choice, ...], CompletionError | None]:
+class Answer(NamedTuple):
+    """What a row's body says."""
+
+    choices: tuple[Choice, ...]
+    error: CompletionError | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
+
+
+def decode_answer(text: str) -> Answer:
     """Undo `encode_answer`."""
     data = json.loads(text)
     error = data["error"]
-    return tuple(Choice.from_dict(choice) for choice in data["choices"]), None if error is None else CompletionError(**error)
+    return Answer(
+        choices=tuple(Choice.from_dict(choice) for choice in data["choices"]),
+        error=None if error is None else CompletionError(**error),
+        # Bodies of before have no such key.
+        prompt_logprobs=read_logprobs(data.get("prompt_logprobs")),
+    )
 
 
 def refusal(index: int, error: CompletionError) -> Completion:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_on_fake import VOCAB, check, drain, run
+from engine_on_fake import VOCAB, Seen, check, drain, run
 from fake_device import NAN_TOKEN, STOP, FakeDevice, FakeOptions, continue_alone, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +29,7 @@ def jobs(draw):
             "min_new_tokens": draw(st.integers(0, 3)),
             "stop_ids": (STOP,) if draw(st.booleans()) else (),
             "logprobs": draw(st.sampled_from([None, 0])),
+            "prompt_logprobs": draw(st.sampled_from([None, None, 0])),
             "family": None if choices == 1 else f"r{index}",
         }
         out += [request(f"r{index}-{choice}", (base + own)[:60], choice=choice, **fields) for choice in range(choices)]
@@ -72,8 +73,8 @@ def test_random_arrivals_and_aborts_leak_nothing_and_disturb_nobody(requests, sh
     engine = Engine(FakeDevice(num_blocks, opts, vocab=VOCAB), opts)
     coming = list(requests)
     aborted: set[str] = set()
-    tokens: dict[str, tuple[int, ...]] = {}
-    last = {}
+    seen = Seen()
+    tokens, last = seen.tokens, seen.last
     for _ in range(3000):
         if coming and (data.draw(st.booleans()) or not engine.has_work):
             engine.add(coming.pop(0))
@@ -84,10 +85,7 @@ def test_random_arrivals_and_aborts_leak_nothing_and_disturb_nobody(requests, sh
             engine.abort(victim)
             aborted.add(victim)
         engine.check_integrity()
-        for output in engine.step():
-            tokens[output.request_id] = tokens.get(output.request_id, ()) + output.token_ids
-            if output.finish_reason is not None:
-                last[output.request_id] = output
+        seen.take(engine.step())
         engine.check_integrity()
         if not coming and not engine.has_work:
             break

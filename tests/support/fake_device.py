@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from engine.plan import StepOutput, StepPlan
 from engine.request import TokenRequest
@@ -67,6 +68,19 @@ def extend(state: int, token: int) -> int:
 
 def next_token(state: int, vocab: int, choice: int = 0) -> int:
     return (state + 7 * choice) % vocab
+
+
+def score(state: int) -> float:
+    return -(state % 1000) / 100
+
+
+def score_alone(prompt_ids) -> list[tuple[int, float]]:
+    """What the fake model says of a prompt's tokens but the first."""
+    state, out = 0, []
+    for token, following in pairwise(prompt_ids):
+        state = extend(state, token)
+        out.append((following, score(state)))
+    return out
 
 
 def continue_alone(req: TokenRequest, vocab: int, most: int | None = None) -> tuple[tuple[int, ...], str, str | None]:
@@ -191,6 +205,18 @@ class FakeDevice:
         for position in range(row.start):
             assert self.kv.get(self._place(slot, position)) == slot.state_at(position), "a row reads KV that isn't its own"
 
+    def _score(self, row) -> tuple[TokenLogprobs, ...]:
+        slot = self.slots[row.slot]
+        assert slot.request.config.prompt_logprobs is not None
+        assert row.scores <= row.count
+        assert row.start + row.scores < len(slot.request.prompt_ids)
+        for position in range(row.start):
+            assert self.kv.get(self._place(slot, position)) == slot.state_at(position), "scores from KV that isn't its own"
+        return tuple(
+            TokenLogprobs(token_id=slot.tokens[position + 1], logprob=score(slot.state_at(position)))
+            for position in range(row.start, row.start + row.scores)
+        )
+
     def _sample(self, plan: StepPlan) -> StepOutput:
         tokens: list[int] = []
         invalid: set[int] = set()
@@ -212,4 +238,5 @@ class FakeDevice:
             tokens=tuple(tokens),
             invalid=frozenset(invalid),
             logprobs=tuple(logprobs) if any(one is not None for one in logprobs) else (),
+            prompt_logprobs=tuple(self._score(row) for row in plan.rows if row.scores),
         )
