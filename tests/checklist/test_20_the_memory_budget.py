@@ -1,0 +1,35 @@
+"""Point 20: the report shows where memory goes; `cache_max_entry_count` is monotone; too many blocks are refused before they are allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine import kv_cache
+from engine.async_engine import AsyncEngine
+from engine.options import resolve
+from headrace import InvalidRequest, PytorchEngineConfig, pipeline
+
+
+def test_the_report(pipe: AsyncEngine) -> None:
+    budget = pipe.report()["engine"]
+    assert budget["kv_pool"] == budget["num_blocks"] * budget["kv_block"]
+    assert budget["weights"] > 0
+    assert "GiB" in budget["text"]
+
+
+def test_the_fraction_is_monotone(tiny_model_dir: Path) -> None:
+    def blocks(fraction: float) -> int:
+        config = PytorchEngineConfig(device="cpu", cache_max_entry_count=fraction)
+        return kv_cache.choose_num_blocks(resolve(tiny_model_dir, config), one_block=1 << 20, free=1 << 30)
+
+    counts = [blocks(fraction) for fraction in (0.05, 0.1, 0.4, 0.8, 0.99)]
+    assert counts == sorted(counts)
+    assert len(set(counts)) == 5
+
+
+def test_too_many_blocks(tiny_model_dir: Path) -> None:
+    with pytest.raises(InvalidRequest, match="at most") as refused:
+        pipeline(str(tiny_model_dir), backend_config=PytorchEngineConfig(device="cpu", num_gpu_blocks=1 << 40))
+    assert refused.value.param == "num_gpu_blocks"
