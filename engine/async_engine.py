@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Self, overload
 
 from engine.answers import Delta
 from engine.frontend import Frontend
+from engine.perplexity import mean_cross_entropy
 from engine.sessions import RunningSessions, Session
 from engine.supervisor import EngineEvent, Limits
 from headrace.completion import Completion
@@ -252,6 +253,14 @@ class AsyncEngine:
         session = self._sessions.get(number)
         if session is not None:
             session.close()
+
+    def get_ppl(self, input_ids: Any) -> list[float]:
+        """Return each sequence's mean cross-entropy in nats (not its exponential) over its tokens but the first.
+
+        `input_ids`: one list of at least 2 token ids, or a list of them. Raise `InvalidRequest` for anything else, and for ids
+        outside the vocabulary or more of them than the session holds.
+        """
+        return mean_cross_entropy(self.frontend, input_ids)
 
     def report(self) -> dict[str, Any]:
         """Return what runs here and how: options, memory, chat template, order of sampling, counters."""

@@ -143,7 +143,7 @@ class Frontend:
     ) -> int:
         """Take a prompt; `on_done` is called once with its answer or error, on the frontend's own thread. Returns a handle.
 
-        `seed_key`: where the config has no `random_seed`, the seed is a hash of it, so that a retried prompt repeats its text.
+        `seed_key`: names an item of a job; its seed is a hash of `random_seed` and `index`, or of the key where there is none.
         Raise `EngineError` only when the frontend is closed: a bad prompt is an answer with an error.
         """
         handle = next(self._handles)
@@ -155,6 +155,7 @@ class Frontend:
                 do_preprocess=do_preprocess,
                 is_streamed=on_delta is not None,
                 seed_key=seed_key,
+                index=index,
             )
         except Exception as error:
             known = error if isinstance(error, HeadraceError) else InvalidRequest(f"the prompt can't be tokenised: {error!r}")

@@ -21,6 +21,13 @@ from headrace.config import GenerationConfig
 from headrace.errors import ContextLengthExceeded, InvalidRequest
 
 
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A prompt that is tokens already."""
+
+    ids: tuple[int, ...]
+
+
 class Stops(NamedTuple):
     """What ends one prompt's answers."""
 
@@ -63,8 +70,12 @@ class Preparer:
         do_preprocess: bool,
         is_streamed: bool,
         seed_key: str | None,
+        index: int = 0,
     ) -> Prepared:
-        """Return the requests; raise `InvalidRequest` or `ContextLengthExceeded` saying what is wrong with the prompt."""
+        """Return the requests; raise `InvalidRequest` or `ContextLengthExceeded` saying what is wrong with the prompt.
+
+        With a `seed_key` it is an item of a job, at `index`: see `_seed`.
+        """
         ids = self._encode(prompt, do_preprocess=do_preprocess)
         room = self.session_len - len(ids)
         if room < 1:
@@ -78,7 +89,7 @@ class Preparer:
         wanted = config.max_new_tokens
         limit: LimitName = "session_len" if wanted is None or wanted > room else "max_new_tokens"
         stops = self._stops(config, do_preprocess=do_preprocess)
-        seed = _seed(config, seed_key)
+        seed = _seed(config, seed_key, index)
         requests = tuple(
             TokenRequest(
                 request_id=f"{handle}-{choice}",
@@ -100,6 +111,8 @@ class Preparer:
 
     def _encode(self, prompt: object, *, do_preprocess: bool) -> tuple[int, ...]:
         try:
+            if isinstance(prompt, TokenIds):
+                return prompt.ids
             if isinstance(prompt, str):
                 if not prompt:
                     raise InvalidRequest("the prompt is empty; write something in it", param="prompt")
@@ -121,10 +134,9 @@ class Preparer:
     def _check_ids(self, ids: tuple[int, ...], config: GenerationConfig) -> None:
         """Refuse ids outside the model's vocabulary: on a GPU they would be an assertion that kills the process."""
         size = self.info.vocab_size
-        if max(ids) >= size:
-            raise InvalidRequest(
-                f"the tokenizer gives id {max(ids)}, but the model's vocabulary has {size} tokens", param="prompt"
-            )
+        if max(ids) >= size or min(ids) < 0:
+            wrong = max(ids) if max(ids) >= size else min(ids)
+            raise InvalidRequest(f"the prompt has id {wrong}, but the model's vocabulary has {size} tokens", param="prompt")
         named = {"stop_token_ids": config.stop_token_ids, "bad_token_ids": config.bad_token_ids}
         named["logit_bias"] = tuple(token for token, _ in config.logit_bias)
         for param, values in named.items():
@@ -153,12 +165,17 @@ class Preparer:
         )
 
 
-def _seed(config: GenerationConfig, seed_key: str | None) -> int:
-    if config.random_seed is not None:
-        return config.random_seed
-    if seed_key is not None:
-        return int.from_bytes(hashlib.blake2b(seed_key.encode(), digest_size=8).digest(), "big")
-    return secrets.randbits(64)
+def _seed(config: GenerationConfig, seed_key: str | None, index: int) -> int:
+    """Choose the seed of a prompt; its choices draw apart by their number, which the sampler counts in.
+
+    A call: the seed as given, the same for each of its prompts; drawn where none is given. An item of a job: made of the job's
+    seed and the item's index, so that items differ and two jobs with one seed are equal; without a seed, of `seed_key`, which names
+    batch and item, so that an item computed again repeats its text.
+    """
+    if seed_key is None:
+        return secrets.randbits(64) if config.random_seed is None else config.random_seed
+    name = seed_key if config.random_seed is None else f"{config.random_seed}:{index}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 @lru_cache(maxsize=256)

@@ -60,7 +60,8 @@ class GenerationConfig(_Wire):
     ignore_eos: bool = False
     """Never stop on, and never emit, an end-of-sequence or stop token: exactly `max_new_tokens` tokens come back."""
     random_seed: int | None = None
-    """64-bit seed; the same seed gives the same text whatever else runs. None: drawn when the request is submitted."""
+    """64-bit seed; the same seed gives the same text whatever else runs, and choices draw apart. None: drawn for each prompt.
+    In a call all prompts have this seed; in a batch or job each item's is made of it and the item's index."""
     stop_words: tuple[str, ...] = field(default=())
     """Texts that end the generation, matched on the decoded text across token boundaries; left out of the text."""
     bad_words: tuple[str, ...] = field(default=())

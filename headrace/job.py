@@ -17,12 +17,12 @@ import queue
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from headrace.batch import Batch, BatchStatus
-from headrace.completion import Completion, TokenUsage
+from headrace.completion import Choice, Completion, TokenUsage
 from headrace.config import ChatTemplateConfig, EngineConfig, GenerationConfig, Prompt, PytorchEngineConfig
 from headrace.dataset import Digest, digest, read_rows
 from headrace.errors import Conflict, EngineError, InvalidRequest
@@ -372,9 +372,11 @@ def output_row(completion: Completion, custom_id: str | None = None) -> dict[str
     if completion.error is not None:
         return {**row, "error": {"code": completion.error.code, "message": completion.error.message}}
     first = completion.choices[0]
-    row |= {"text": first.text, "finish_reason": first.finish_reason}
+    row |= _choice(first)
     if len(completion.choices) > 1:
-        row["choices"] = [{"text": choice.text, "finish_reason": choice.finish_reason} for choice in completion.choices]
+        row["choices"] = [_choice(choice) for choice in completion.choices]
+    if completion.prompt_logprobs is not None:
+        row["prompt_logprobs"] = [asdict(one) for one in completion.prompt_logprobs]
     usage = completion.usage
     return {
         **row,
@@ -382,6 +384,11 @@ def output_row(completion: Completion, custom_id: str | None = None) -> dict[str
         "cached_tokens": usage.cached_tokens,
         "completion_tokens": usage.completion_tokens,
     }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    row: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
+    return row if choice.logprobs is None else {**row, "logprobs": [asdict(one) for one in choice.logprobs]}
 
 
 def _brief(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.model_info import ModelInfo
-from engine.preparation import Prepared, Preparer
+from engine.preparation import Prepared, Preparer, TokenIds
 from engine.templates import choose_template
 from engine.tokenizer import Tokenizer
 from headrace.config import ChatTemplateConfig, GenerationConfig
@@ -29,10 +29,16 @@ def preparer(tiny_model_dir: Path, tokenizer: Tokenizer) -> Preparer:
 
 
 def prepare(
-    preparer: Preparer, prompt: Any = "water", *, do_preprocess: bool = True, key: str | None = None, **config: Any
+    preparer: Preparer,
+    prompt: Any = "water",
+    *,
+    do_preprocess: bool = True,
+    key: str | None = None,
+    index: int = 0,
+    **config: Any,
 ) -> Prepared:
     return preparer.prepare(
-        prompt, GenerationConfig(**config), handle=1, do_preprocess=do_preprocess, is_streamed=False, seed_key=key
+        prompt, GenerationConfig(**config), handle=1, do_preprocess=do_preprocess, is_streamed=False, seed_key=key, index=index
     )
 
 
@@ -104,10 +110,28 @@ def test_seeds(preparer: Preparer) -> None:
 
     assert seed(random_seed=2**64 - 1) == 2**64 - 1
     assert seed(key="batch_1/7") == seed(key="batch_1/7") != seed(key="batch_1/8")
-    assert seed(random_seed=3, key="batch_1/7") == 3
+    # A call's seed is each prompt's; a job's is the job's and the item's, whatever id the batch got.
+    assert seed(random_seed=3, index=7) == seed(random_seed=3, index=8) == 3
+    assert seed(random_seed=3, key="batch_1/7", index=7) == seed(random_seed=3, key="batch_2/7", index=7)
+    job = [seed(random_seed=value, key="batch_1/7", index=index) for value in (3, 4) for index in (7, 8)]
+    assert len(set(job)) == 4
     assert seed() != seed()
     assert {(request.seed, request.choice) for request in prepare(preparer, n=3, random_seed=3).requests} == {
         (3, 0),
         (3, 1),
         (3, 2),
     }
+
+
+def test_token_ids_are_taken_as_they_are_and_refused_outside_the_vocabulary(preparer: Preparer) -> None:
+    assert prepare(preparer, TokenIds((5, 6, 7))).requests[0].prompt_ids == (5, 6, 7)
+    for wrong in (-1, 10**6):
+        with pytest.raises(InvalidRequest, match=f"id {wrong}, but the model's vocabulary"):
+            prepare(preparer, TokenIds((5, wrong)))
+
+
+def test_choices_are_one_family_with_one_seed(preparer: Preparer) -> None:
+    requests = prepare(preparer, n=3).requests
+    assert {(one.family, one.seed) for one in requests} == {("1", requests[0].seed)}
+    assert [one.choice for one in requests] == [0, 1, 2]
+    assert prepare(preparer, n=1).requests[0].family is None
