@@ -1,4 +1,4 @@
-"""The batch resource: submit, look, list, cancel. Handlers are `def`: they run in the thread pool, where SQL may block.
+"""The batch resource: submit, look, list, cancel, retry, delete. Handlers are `def`: they run in the thread pool, where SQL may block.
 
 Only SQL is read here, never Redis: what a client sees is what is durable. Knows no engine.
 """
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel
 from api import examples
 from api.intake import choose_model, parse_create, screen
 from api.problems import StillBeingStored
-from api.services import ServicesDep
+from api.services import Services, ServicesDep
 from headrace.batch import Batch, BatchStatus
 from headrace.errors import Conflict, InvalidRequest, NotFound
 from headrace.schemas import BatchOut, BatchPage
@@ -34,6 +34,14 @@ def check_id(batch_id: str) -> str:
     return batch_id
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=255,
+        description="Send a new random one with each new batch, and the same one when you retry: one batch comes of it.",
+    ),
+]
 BatchId = Annotated[str, Path(description="`batch_` and 32 hex digits."), AfterValidator(check_id)]
 
 
@@ -55,19 +63,13 @@ async def read_json_body(request: Request) -> bytearray:
     status_code=202,
     response_model=BatchOut,
     summary="Submit a batch",
-    responses={202: examples.ACCEPTED, **examples.problems(404, 413, 415, 422, 503, 507)},
+    responses={202: examples.ACCEPTED, **examples.problems(404, 409, 413, 415, 422, 429, 503, 507)},
     openapi_extra=examples.CREATE_BODY,
 )
 def create_batch(
     services: ServicesDep,
     body: Annotated[bytearray, Depends(read_json_body)],
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            max_length=255,
-            description="Send a new random one with each new batch, and the same one when you retry: one batch comes of it.",
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Store prompts and send them to the workers.
 
@@ -89,9 +91,16 @@ def create_batch(
             priority=create.priority,
             completion_window=create.completion_window,
             idempotency_key=_clean_key(idempotency_key),
+            max_open_prompts=settings.max_open_prompts,
         )
     except Conflict as error:
         raise StillBeingStored(error.message) from error
+    return _accepted(services, batch)
+
+
+def _accepted(services: Services, batch: Batch) -> Response:
+    """Send the first chunks of a batch that is stored, and say where it is."""
+    model = batch.model
     queue = services.send_chunks(model=model)
     log.info(
         "batch accepted; workers of %s answer it",
@@ -159,6 +168,37 @@ def cancel_batch(batch_id: BatchId, services: ServicesDep) -> Response:
         extra={"event": "batch_cancel_requested", "batch_id": batch.id, "status": batch.status},
     )
     return json_response(BatchOut.of(batch), headers=_state_headers(batch))
+
+
+@router.post(
+    "/{batch_id}/retry",
+    status_code=202,
+    response_model=BatchOut,
+    summary="Retry the failed prompts of a batch",
+    responses={202: examples.ACCEPTED, **examples.problems(404, 409, 422, 429, 507)},
+)
+def retry_batch(batch_id: BatchId, services: ServicesDep, idempotency_key: IdempotencyKey = None) -> Response:
+    """Make a new batch of the prompts of a finished one that have an error (failed, cancelled, expired), in their order.
+
+    The old batch stays as it is; `metadata.retry_of` of the new one names it. Prompts that were refused as they came in (empty, too
+    long) are left out. 409 when the batch is not over, or nothing of it can be retried.
+    """
+    settings = services.settings
+    batch = services.store.retry_batch(
+        batch_id,
+        chunk_size=settings.chunk_size,
+        idempotency_key=_clean_key(idempotency_key),
+        max_open_prompts=settings.max_open_prompts,
+    )
+    return _accepted(services, batch)
+
+
+@router.delete("/{batch_id}", status_code=204, summary="Delete a batch", responses=examples.problems(404, 409))
+def delete_batch(batch_id: BatchId, services: ServicesDep) -> Response:
+    """Delete a batch that is over, with its prompts and its results, for good. 409 while it is not over: cancel it first."""
+    services.store.delete_batch(batch_id)
+    log.info("batch deleted with its results", extra={"event": "batch_deleted", "batch_id": batch_id})
+    return Response(status_code=204)
 
 
 def retry_after_s(batch: Batch) -> int:

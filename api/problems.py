@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,8 +27,8 @@ MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 100
 """Most entries of `errors` in one problem: a batch of a million wrong prompts must not answer with a million lines."""
 SERVER_FAULT = 500
-RETRY_AFTER_S = 5
-"""What a 503 and a 507 tell the client to wait."""
+_RETRY_AFTER_S: Final = {429: 30, 503: 5, 507: 5}
+"""What these tell the client to wait: prompts are answered slowly, a database comes back soon."""
 
 
 class InvalidBody(InvalidRequest):
@@ -66,7 +66,7 @@ def problem_of(error: HeadraceError, *, request_id: str | None = None, instance:
 
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """Render a problem. Nulls are left out, and a retry hint is added where a retry helps."""
-    hints = {"retry-after": str(RETRY_AFTER_S)} if problem.status in (503, 507) else {}
+    hints = {"retry-after": str(_RETRY_AFTER_S[problem.status])} if problem.status in _RETRY_AFTER_S else {}
     body = problem.model_dump_json(exclude_none=True)
     return Response(body, status_code=problem.status, media_type=MEDIA_TYPE, headers={**hints, **(headers or {})})
 

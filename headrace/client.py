@@ -1,4 +1,4 @@
-"""The Python door to a running headrace: submit, look, wait, read, cancel. Synchronous, over HTTP only.
+"""The Python door to a running headrace: submit, look, wait, read, cancel, retry, delete. Synchronous, over HTTP only.
 
 Every call may be repeated by the client itself without doing anything twice: a submission carries an idempotency key, a stream of
 results goes on after the last index it gave. Errors are the classes of `headrace.errors`, as if the server's code ran here.
@@ -156,6 +156,18 @@ class Client:
             if (batch := self.get(batch_id)).status is BatchStatus.CANCELLED:
                 return batch
             raise
+
+    def retry(self, batch_id: str, *, idempotency_key: str | None = None) -> Batch:
+        """Submit the failed prompts of a batch that is over as a new batch, in their order; return that one.
+
+        Its `metadata['retry_of']` names the old one, which stays as it is. Raises `Conflict` when nothing of it can be retried.
+        """
+        headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
+        return read_batch(self._json("POST", f"/v1/batches/{batch_id}/retry", headers=headers))
+
+    def delete(self, batch_id: str) -> None:
+        """Delete a batch that is over, with its results. Raises `NotFound`, and `Conflict` while it is not over."""
+        self._send("DELETE", f"/v1/batches/{batch_id}")
 
     def list(self, *, status: BatchStatus | str | None = None, page_size: int = 50) -> Iterator[Batch]:
         """Yield the batches, newest first, fetching pages as they are needed."""

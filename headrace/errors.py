@@ -9,6 +9,7 @@
     │   └── ModelNotFound             404 model_not_found
     ├── Conflict                      409 conflict
     ├── PayloadTooLarge               413 payload_too_large
+    ├── QueueFull                     429 queue_full
     ├── StorageFull                   507 storage_full
     ├── StoreUnavailable              503 store_unavailable
     ├── QueueUnavailable              503 queue_unavailable
@@ -94,6 +95,13 @@ class PayloadTooLarge(HeadraceError):
 
     code = "payload_too_large"
     status = 413
+
+
+class QueueFull(HeadraceError):
+    """This server has as many unanswered prompts as it accepts; send the request again when some are answered."""
+
+    code = "queue_full"
+    status = 429
 
 
 class StorageFull(HeadraceError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ class Settings:
     """Largest single prompt (UTF-8); a larger one is that prompt's error."""
     max_prompts: int = 1_000_000
     """Most prompts in one batch."""
+    max_open_prompts: int = 20_000_000
+    """While so many prompts of all batches wait for an answer, further batches are refused with 429."""
+    retention_s: float = math.inf
+    """Batches that have been over for so long are deleted with their results; inf: never."""
     api_key: str = ""
     """When set, /v1 needs `Authorization: Bearer <key>`."""
     log_level: str = "INFO"

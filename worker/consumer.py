@@ -22,7 +22,7 @@ class SteadyConsumer(Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take AttributeError for a lost connection, in the event loop and in an acknowledgement."""
         super().__init__(*args, **kwargs)
-        self.connection_errors = (*self.connection_errors, AttributeError)
+        self.connection_errors: tuple[type[BaseException], ...] = (*self.conninfo.connection_errors, AttributeError)
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
         """Let go of the broken connection, whatever state it is in."""

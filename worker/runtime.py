@@ -3,7 +3,7 @@
     chore          every                   does
     lease keeper   a quarter of a lease    renews the SQL leases of the chunks in flight, and finds out which were lost or cancelled
     heartbeat      5 s                     tells the store that this worker lives, with its figures
-    reconciler     reconcile_interval_s    expires batches, and sends what SQL has and Redis lost
+    reconciler     reconcile_interval_s    expires and deletes batches, and sends what SQL has and Redis lost
 
 This module knows no Celery; `worker.lifecycle` starts and ends it, `worker.tasks` works with it.
 """
@@ -11,6 +11,7 @@ This module knows no Celery; `worker.lifecycle` starts and ends it, `worker.task
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -168,6 +169,8 @@ class Runtime:
     def reconcile(self) -> None:
         """Compare SQL with what is in flight, and send what is missing. Two of these at once do no harm."""
         self.store.expire_batches()
+        if math.isfinite(self.settings.retention_s):
+            self.store.delete_outlived(retention_s=self.settings.retention_s)
         self.refill()
 
     def refill(self) -> None:

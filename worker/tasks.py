@@ -15,6 +15,7 @@ from celery.exceptions import Reject
 
 from headrace.broker import TASK_GENERATE, TASK_RECONCILE, describe
 from headrace.config import Prompt
+from headrace.errors import InvalidRequest
 from headrace.store import ChunkMessage, Claim
 from worker.outage import HEALS, ride_out
 from worker.recorder import Ledger, Verdict
@@ -22,6 +23,7 @@ from worker.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+_UNREADABLE: Final = "left to a worker of the release that sent it"
 PROGRESS_S: Final = 2.0
 WRITE_PATIENCE_S: Final = 10.0
 Report = Callable[[str], None]
@@ -45,12 +47,26 @@ def register(app: Celery, runtime_of: Callable[[Celery], Runtime]) -> None:
             # Flower shows the state PROGRESS with this result until the task ends.
             task.send_event("task-progress", result=line)
 
-        return generate_chunk(runtime_of(app), ChunkMessage.from_dict(chunk), report)
+        message = _read(chunk)
+        return _UNREADABLE if message is None else generate_chunk(runtime_of(app), message, report)
 
     @app.task(name=TASK_RECONCILE, ignore_result=True)
     def reconcile() -> str:
         runtime_of(app).reconcile()
         return "reconciled"
+
+
+def _read(chunk: Mapping[str, Any]) -> ChunkMessage | None:
+    """Return the message; None for one of another release that this one doesn't understand, as a rolling update brings."""
+    try:
+        return ChunkMessage.from_dict(chunk)
+    except (InvalidRequest, KeyError, TypeError) as error:
+        log.warning(
+            "a chunk message of another release can't be read (%s); it is sent again after its grace, until a worker of that release "
+            "has it: run the same release everywhere", error,
+            extra={"event": "chunk_unreadable", "chunk_id": str(chunk.get("chunk_id"))},
+        )  # fmt: skip
+        return None
 
 
 def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:

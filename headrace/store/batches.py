@@ -1,19 +1,19 @@
-"""Batches: read, listed, cancelled, expired. Every function works inside the caller's transaction."""
+"""Batches: read, listed, cancelled, expired, deleted. Every function works inside the caller's transaction."""
 
 from __future__ import annotations
 
 import json
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, delete, or_, select, tuple_, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, tuple_, update
 
 from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.completion import TokenUsage
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound
 from headrace.store.lifecycle import advance, lock_batch
-from headrace.store.tables import batches, completions, now, prompts
-from headrace.store.values import to_json
+from headrace.store.tables import batches, chunks, completions, now, prompts
+from headrace.store.values import PendingPrompt, to_json
 
 STALL_S: Final = 300.0
 """A batch of which no prompt arrived for so long, and that is not complete, is given up: whoever sent it is gone."""
@@ -72,6 +72,55 @@ def begin_cancel(connection: Connection, batch_id: str) -> None:
     if row.status == BatchStatus.CANCELLING or advance(connection, batch_id, BatchStatus.CANCELLING):
         return
     raise Conflict(f"Cannot cancel a batch with status '{row.status}'.")
+
+
+def remove(connection: Connection, batch_id: str) -> None:
+    """Delete a batch that is over, with all its rows; raise `NotFound`, and `Conflict` while it is not over."""
+    row = lock_batch(connection, batch_id)
+    if row is None:
+        raise NotFound(f"no batch {batch_id}", param="batch_id")
+    if not BatchStatus(row.status).is_terminal:
+        raise Conflict(f"Cannot delete a batch with status '{row.status}'; cancel it first.")
+    for table in (completions, prompts, chunks):
+        connection.execute(delete(table).where(table.c.batch_id == batch_id))
+    connection.execute(delete(batches).where(batches.c.id == batch_id))
+
+
+def find_outlived(connection: Connection, *, retention_s: float, limit: int) -> list[str]:
+    """Return the ids of batches that have been over for `retention_s` seconds, oldest first."""
+    terminal = [status.value for status in BatchStatus if status.is_terminal]
+    # The end of a batch is the last change of its row. `created_at` bounds the search by an index.
+    query = (
+        select(batches.c.id)
+        .where(batches.c.created_at < now() - retention_s, batches.c.updated_at < now() - retention_s)
+        .where(batches.c.status.in_(terminal))
+        .order_by(batches.c.created_at)
+        .limit(limit)
+    )
+    return list(connection.execute(query).scalars())
+
+
+def count_open_prompts(connection: Connection) -> int:
+    """Return how many prompts of all batches have neither answer nor error."""
+    is_open = batches.c.status.in_([BatchStatus.IN_PROGRESS.value, BatchStatus.CANCELLING.value])
+    query = select(func.sum(batches.c.total - batches.c.completed - batches.c.failed)).where(is_open)
+    return int(connection.execute(query).scalar() or 0)
+
+
+def failed_prompts(connection: Connection, batch_id: str, *, after: int, limit: int) -> list[PendingPrompt]:
+    """Return up to `limit` prompts above index `after` whose completion is an error; those refused at the rim were never stored."""
+    failed = exists().where(
+        completions.c.batch_id == prompts.c.batch_id,
+        completions.c.index == prompts.c.index,
+        completions.c.error_code.is_not(None),
+    )
+    rows = connection.execute(
+        select(prompts.c.index, prompts.c.body)
+        .where(prompts.c.batch_id == batch_id, prompts.c.index > after, failed)
+        .order_by(prompts.c.index)
+        .limit(limit)
+    )
+    return [PendingPrompt(index, json.loads(body)) for index, body in rows]
 
 
 _IS_DUE: Final = and_(

@@ -19,7 +19,8 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from headrace.batch import BatchStatus
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig, Prompt
-from headrace.errors import Conflict, HeadraceError, InvalidRequest
+from headrace.errors import Conflict, HeadraceError, InvalidRequest, QueueFull
+from headrace.store.batches import count_open_prompts
 from headrace.store.lifecycle import advance, lock_batch, settle
 from headrace.store.results import insert_rows, to_row
 from headrace.store.session import Database, insert_new
@@ -28,6 +29,9 @@ from headrace.store.values import MAX_CHUNK_SIZE, ChunkState, refusal, to_json, 
 
 SLICE_ROWS: Final = 2000
 SLICE_CHARS: Final = 4 * 1024 * 1024
+SILENCE_S: Final = 15.0
+"""A submission of which no slice arrived for so long is taken over by the next one with its idempotency key: its sender or the
+process that stored it was killed. Slices of a living one come many times a second."""
 _OPEN_TO_PROMPTS = (BatchStatus.VALIDATING.value, BatchStatus.CANCELLING.value)
 
 
@@ -43,6 +47,8 @@ class Order:
     completion_window: str = "24h"
     endpoint: str = "/v1/batches"
     idempotency_key: str | None = None
+    max_open_prompts: int | None = None
+    """While so many prompts of all batches are open, nothing more is taken."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.chunk_size <= MAX_CHUNK_SIZE:
@@ -104,7 +110,7 @@ def create(database: Database, items: Iterable[Prompt | CompletionError], order:
     """Store a batch and return its id; of two calls with one idempotency key and the same content the second stores nothing.
 
     Raises `InvalidRequest` (no prompts; the key was used with another content), `Conflict` (the key's first request is still being
-    stored), `StorageFull`, `StoreUnavailable`, and whatever `items` raises; nothing stays behind then.
+    stored), `QueueFull`, `StorageFull`, `StoreUnavailable`, and whatever `items` raises; nothing stays behind then.
     """
     batch_id = new_batch_id()
     intake = _Intake(order)
@@ -126,6 +132,14 @@ def create(database: Database, items: Iterable[Prompt | CompletionError], order:
 def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | None:
     """Insert the batch's row; return the other batch that has its idempotency key, if there is one."""
     header = order.header()
+    if order.idempotency_key is not None:
+        connection.execute(
+            delete(batches).where(
+                batches.c.idempotency_key == order.idempotency_key,
+                batches.c.status == BatchStatus.VALIDATING.value,
+                batches.c.updated_at < now() - SILENCE_S,
+            )
+        )
     connection.execute(
         insert_new(connection, batches).values(
             **{**header, "gen_config": to_json(header["gen_config"]), "metadata": to_json(header["metadata"])},
@@ -137,10 +151,14 @@ def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | Non
             expires_at=now() + window_seconds(order.completion_window),
         )
     )
-    if order.idempotency_key is None:
-        return None
-    row = connection.execute(select(batches).where(batches.c.idempotency_key == order.idempotency_key)).one()
-    return None if row.id == batch_id else row
+    if order.idempotency_key is not None:
+        same_key = select(batches).where(batches.c.idempotency_key == order.idempotency_key, batches.c.id != batch_id)
+        if (existing := connection.execute(same_key).first()) is not None:
+            return existing
+    # After the key: who only repeats a request that was accepted is not refused.
+    if order.max_open_prompts is not None and count_open_prompts(connection) >= order.max_open_prompts:
+        raise QueueFull
+    return None
 
 
 def _same_as(existing: Row[Any], intake: _Intake, items: Iterable[Prompt | CompletionError]) -> str:

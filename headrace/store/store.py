@@ -6,6 +6,8 @@ Nothing here knows Celery, HTTP or the engine.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -16,6 +18,7 @@ from sqlalchemy import text
 from headrace.batch import Batch, BatchStatus
 from headrace.completion import Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
+from headrace.errors import Conflict, NotFound
 from headrace.store import batches, chunks, creation, lifecycle, results, schema, workers
 from headrace.store.session import Database
 from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
@@ -70,16 +73,19 @@ class Store:
         completion_window: str = "24h",
         endpoint: str = "/v1/batches",
         idempotency_key: str | None = None,
+        max_open_prompts: int | None = None,
     ) -> Batch:
         """Store a batch; `prompts` is read once, in slices, so it may be a generator over more than memory holds.
 
         A `CompletionError` in the place of a prompt is recorded as that prompt's failed completion; when all are, the batch is
         over at once. A second call with the same `idempotency_key` and content returns the first one's batch. Raises
-        `InvalidRequest`, or `Conflict` while the first one is still being stored; nothing is stored then.
+        `InvalidRequest`, `Conflict` while the first one is still being stored, or `QueueFull` while `max_open_prompts` of all
+        batches are unanswered; nothing is stored then.
         """
         order = creation.Order(
             gen_config=gen_config, model=model, chunk_size=chunk_size, metadata=metadata or {}, priority=priority,
             completion_window=completion_window, endpoint=endpoint, idempotency_key=idempotency_key,
+            max_open_prompts=max_open_prompts,
         )  # fmt: skip
         batch_id = creation.create(self._database, prompts, order)
         batch = self.get_batch(batch_id)
@@ -109,6 +115,48 @@ class Store:
         self._database.write(lambda connection: batches.begin_cancel(connection, batch_id), repeatable=False)
         self._close(batch_id)
         return self.get_batch(batch_id)
+
+    def retry_batch(self, batch_id: str, **options: Any) -> Batch:
+        """Make a new batch of the failed prompts of one that is over, in their order, with its `gen_config`, model and priority.
+
+        `options` are those of `create_batch`. Prompts that were refused as they came in are left out: they would be refused again.
+        Raises `NotFound`, and `Conflict` when the batch is not over or has nothing to retry.
+        """
+        old = self.get_batch(batch_id)
+        if not old.status.is_terminal:
+            raise Conflict(f"Cannot retry a batch with status '{old.status}'; wait for its end or cancel it.")
+        failed = self._failed_prompts(batch_id)
+        first = next(failed, None)
+        if first is None:
+            raise Conflict("The batch has no failed prompt that could be computed again.")
+        return self.create_batch(
+            itertools.chain([first], failed), old.gen_config, model=old.model, priority=old.priority, endpoint=old.endpoint,
+            completion_window=old.completion_window, metadata={**old.metadata, "retry_of": batch_id}, **options,
+        )  # fmt: skip
+
+    def _failed_prompts(self, batch_id: str) -> Iterator[Prompt]:
+        after = -1
+        while page := self._database.read(
+            lambda connection, after=after: batches.failed_prompts(connection, batch_id, after=after, limit=500)  # type: ignore[misc]
+        ):
+            yield from (item.prompt for item in page)
+            after = page[-1].index
+
+    def delete_batch(self, batch_id: str) -> None:
+        """Delete a batch that is over, with its prompts and results. Raises `NotFound`, and `Conflict` while it is not over."""
+        self._database.write(lambda connection: batches.remove(connection, batch_id), repeatable=False)
+
+    def delete_outlived(self, *, retention_s: float, limit: int = 20) -> int:
+        """Delete up to `limit` batches that have been over for `retention_s` seconds; return how many."""
+        ids = self._database.read(lambda connection: batches.find_outlived(connection, retention_s=retention_s, limit=limit))
+        for batch_id in ids:
+            with contextlib.suppress(NotFound):  # another process sweeps too
+                self.delete_batch(batch_id)
+        return len(ids)
+
+    def count_open_prompts(self) -> int:
+        """Return how many prompts of all batches have neither answer nor error."""
+        return self._database.read(batches.count_open_prompts)
 
     def expire_batches(self) -> int:
         """Sweep; return how many batches were touched. Several processes may sweep at once.

@@ -145,6 +145,8 @@ def message_from_nowhere(stage: Stage, jobs: Sequence[Target]) -> bool:
         chunk_id=f"{batch_id.replace('batch_', 'chunk_', 1)}_{number + 1:07d}", batch_id=batch_id, number=number + 1, of=count,
         start=number * CHUNK, stop=min(len(job.prompts), (number + 1) * CHUNK), model=MODEL,
     )  # fmt: skip
+    with stage.link() as link:
+        link.ping()  # a frozen Redis would hold up this thread, which is the one that thaws it
     message = stage.service.store.chunk_message(ref)
     for _ in range(3):
         stage.service.broker.enqueue(message)

@@ -40,7 +40,7 @@ def test_a_channel_that_lost_its_connection_does_not_end_the_worker(
     with pytest.raises(AttributeError, match="hostname"):
         connection.close()
     consumer.connection = SimpleNamespace(
-        close=lambda: taken[0].ack(),
+        close=taken[0].ack,
         collect=lambda **_: None,
         connection_errors=(OSError,),
         channel_errors=(),

@@ -1,0 +1,61 @@
+"""Retrying, deleting, and a server that has enough to do, over a real socket."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import httpx
+import pytest
+from live_api import LiveApi, work
+
+from headrace.broker import Broker
+from headrace.client import Client
+from headrace.errors import Conflict, NotFound, QueueFull
+from headrace.settings import Settings
+from headrace.store import Store
+
+
+def test_failed_prompts_are_retried_and_the_old_batch_is_deleted(api: LiveApi, store: Store, broker: Broker) -> None:
+    with Client(api.url) as client:
+        old = client.submit([f"prompt {i}" for i in range(10)] + [""])
+        with pytest.raises(Conflict):
+            client.delete(old.id)
+        with pytest.raises(Conflict, match="in_progress"):
+            client.retry(old.id)
+        work(store, failing=[2, 7])
+        new = client.retry(old.id, idempotency_key="again")
+        assert client.retry(old.id, idempotency_key="again").id == new.id
+        assert (new.counts.total, new.metadata) == (2, {"retry_of": old.id})
+        assert broker.count_waiting("echo") >= 1
+        client.delete(old.id)
+        with pytest.raises(NotFound):
+            client.get(old.id)
+        with pytest.raises(NotFound):
+            client.delete(old.id)
+        assert [batch.id for batch in client.list()] == [new.id]
+
+
+def test_a_retry_is_a_submission_like_any_other(http: httpx.Client, store: Store) -> None:
+    batch_id = http.post("/v1/batches", json={"prompts": ["a", "b"]}).json()["id"]
+    http.post(f"/v1/batches/{batch_id}/cancel")
+    response = http.post(f"/v1/batches/{batch_id}/retry")
+    assert response.status_code == 202
+    assert response.headers["location"] == f"/v1/batches/{response.json()['id']}"
+    assert response.json()["headrace"]["queue"] == "sent"
+    refused = http.post(f"/v1/batches/{response.json()['id']}/retry")
+    assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
+
+
+def test_a_server_with_enough_to_do_says_when_to_come_again(settings: Settings, store: Store, broker: Broker) -> None:
+    with LiveApi(replace(settings, max_open_prompts=5), store=store, broker=broker) as api, api.http() as http:
+        body = {"prompts": ["a"] * 6}
+        key = {"idempotency-key": "k"}
+        first = http.post("/v1/batches", json=body, headers=key)
+        assert first.status_code == 202
+        response = http.post("/v1/batches", json=body)
+        assert (response.status_code, response.json()["code"], response.headers["retry-after"]) == (429, "queue_full", "30")
+        assert http.post("/v1/batches", json=body, headers=key).json()["id"] == first.json()["id"]
+        with Client(api.url, max_retries=0) as client, pytest.raises(QueueFull):
+            client.submit(["b"])
+        work(store)
+        assert http.post("/v1/batches", json=body).status_code == 202
