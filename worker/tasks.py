@@ -41,7 +41,7 @@ _ENDINGS: Final[Mapping[Verdict, str]] = {
 def register(app: Celery, runtime_of: Callable[[Celery], Runtime]) -> None:
     """Give `app` its tasks; `runtime_of` finds what the worker process holds. Names are wire format."""
 
-    @app.task(name=TASK_GENERATE, bind=True, ignore_result=True)
+    @app.task(name=TASK_GENERATE, bind=True, ignore_result=True, shared=False)
     def generate(task: Any, chunk: Mapping[str, Any]) -> str:
         def report(line: str) -> None:
             # Flower shows the state PROGRESS with this result until the task ends.
@@ -50,7 +50,7 @@ def register(app: Celery, runtime_of: Callable[[Celery], Runtime]) -> None:
         message = _read(chunk)
         return _UNREADABLE if message is None else generate_chunk(runtime_of(app), message, report)
 
-    @app.task(name=TASK_RECONCILE, ignore_result=True)
+    @app.task(name=TASK_RECONCILE, ignore_result=True, shared=False)
     def reconcile() -> str:
         runtime_of(app).reconcile()
         return "reconciled"
