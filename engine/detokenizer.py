@@ -17,6 +17,7 @@ class Decoder(Protocol):
     """What a detokenizer needs of `engine.tokenizer.Tokenizer`."""
 
     byte_ids: frozenset[int]
+    skipped_ids: frozenset[int]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Decode ids to text."""
@@ -40,6 +41,9 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """Add one token; return the text that is certain now, perhaps ''."""
+        # The one-shot decoding leaves these out first: two byte pieces around one of them are one run.
+        if self._skip and token_id in self._decoder.skipped_ids:
+            return ""
         self._ids.append(token_id)
         # A run of byte pieces is decoded as a whole, and one bad byte turns the whole run into U+FFFD: wait for its end.
         if token_id in self._decoder.byte_ids:

@@ -51,6 +51,11 @@ def stream(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> list[str]:
     return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
 
 
+def test_a_skipped_token_does_not_end_a_run_of_bytes(sentencepiece: Tokenizer) -> None:
+    ids = [3, 0, 131]
+    assert "".join(stream(sentencepiece, ids, skip=True)) == sentencepiece.decode(ids, skip_special_tokens=True)
+
+
 @settings(max_examples=400, deadline=None)
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_are_the_one_shot_text(byte_level: Tokenizer, sentencepiece: Tokenizer, data: st.DataObject, skip: bool) -> None:
@@ -81,6 +86,7 @@ def test_long_babble_of_broken_bytes_is_not_quadratic(byte_level: Tokenizer) -> 
 
     class Counting:
         byte_ids = byte_level.byte_ids
+        skipped_ids = byte_level.skipped_ids
 
         def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
             nonlocal calls
