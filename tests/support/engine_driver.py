@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.executor import LocalExecutor
+from engine.guidance import Guides
 from engine.options import resolve
 from engine.request import TokenOutput, TokenRequest
 from headrace.config import GenerationConfig, PytorchEngineConfig
@@ -16,7 +17,7 @@ from headrace.config import GenerationConfig, PytorchEngineConfig
 def make_engine(path: Path, **config: Any) -> Engine:
     """An engine of `PytorchEngineConfig` fields, float32 on the CPU."""
     options = resolve(path, PytorchEngineConfig(device="cpu", dtype="float32", **config))
-    return Engine(LocalExecutor(options), options)
+    return Engine(LocalExecutor(options), options, guides=Guides(options.model_path))
 
 
 def token_request(

@@ -1,0 +1,148 @@
+"""The masks that the host makes, against the library's own, token by token; and what they do where the library is missing."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_driver import token_request
+
+from engine.grammar import Grammars
+from engine.guidance import Guide, Guides, Row
+from engine.model_info import ModelInfo
+from engine.request import TokenRequest
+from engine.token_masks import TokenMasks
+from engine.tokenizer import Tokenizer
+from headrace.errors import InvalidRequest, UnsupportedOption
+from headrace.response_format import ResponseFormat
+
+EOS = 2
+PAIR = {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": {"enum": ["a", 12]}, "maxItems": 2}}}
+
+
+def request(name: int, response_format: object = PAIR, **fields: object) -> TokenRequest:
+    return token_request(str(name), [40], max_new_tokens=64, response_format=response_format, **fields)
+
+
+@pytest.fixture(scope="module")
+def guides(tiny_model_dir: Path) -> Guides:
+    return Guides(tiny_model_dir)
+
+
+def start(guides: Guides, *requests: TokenRequest) -> list[Guide]:
+    for one in requests:
+        guides.start(one)
+    made: list[Guide] = []
+    while guides.is_compiling:
+        for _, guide in guides.take(patient=True):
+            assert isinstance(guide, Guide), guide
+            made.append(guide)
+    return made
+
+
+def allowed(words_W: np.ndarray) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(words_W.view(np.uint8), bitorder="little")).tolist())
+
+
+def test_every_mask_on_the_way_is_the_librarys(guides):
+    draw = random.Random(1)
+    rows = [Row(entry, guide, 0) for entry, guide in enumerate(start(guides, *(request(i) for i in range(5))))]
+    ended = 0
+    for _ in range(40):
+        masks = guides.masks(rows)
+        assert masks.entries == tuple(row.entry for row in rows)
+        going = []
+        for row, words_W in zip(rows, masks.words_qW, strict=True):
+            own = np.frombuffer(row.guide.matcher.compute_bitmask(), dtype=np.int32)
+            assert allowed(words_W) == allowed(own)
+            token = draw.choice(sorted(allowed(words_W) - {EOS}))
+            if row.guide.accept(token):
+                ended += 1
+            else:
+                going.append(row)
+        rows = going
+        if not rows:
+            break
+    assert ended == 5
+
+
+def test_ends_come_only_where_the_form_is_complete(guides):
+    letters = {"type": "regex", "regex": "ab|abc"}
+    guide, late = start(guides, request(0, letters, stop_token_ids=()), request(1, letters, min_new_tokens=9))
+    vocabulary = Tokenizer(guides._model_path)
+    for letter in "ab":
+        masks = guides.masks([Row(0, guide, 0), Row(1, late, 0)])
+        assert EOS not in allowed(masks.words_qW[0])
+        (token,) = vocabulary.encode_raw(letter)
+        assert not guide.accept(token)
+        assert not late.accept(token)
+    masks = guides.masks([Row(0, guide, 2), Row(1, late, 2)])
+    assert EOS in allowed(masks.words_qW[0])
+    assert allowed(masks.words_qW[1]) == allowed(masks.words_qW[0]) - {EOS}
+    (token,) = vocabulary.encode_raw("c")
+    assert guide.accept(token)
+
+
+def test_a_token_outside_the_grammar_is_an_error_not_a_crash(guides):
+    (guide,) = start(guides, request(0))
+    assert guide.error() is None
+    assert not guide.accept(399)
+    guides.masks([Row(0, guide, 1)])
+    assert "response_format" in guide.error().message
+
+
+def test_masks_survive_the_wire():
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, (3, 8)).astype(np.int32)
+    masks = TokenMasks((0, 4, 7), words)
+    again = TokenMasks.from_bytes(masks.to_bytes())
+    assert again.entries == masks.entries
+    assert np.array_equal(again.words_qW, words)
+    assert again.words_qW.flags.writeable
+    assert TokenMasks.from_bytes(TokenMasks((), words[:0]).to_bytes()).words_qW.shape == (0, 8)
+
+
+@pytest.fixture
+def grammars(tiny_model_dir: Path) -> Grammars:
+    return Grammars(Tokenizer(tiny_model_dir), ModelInfo.read(tiny_model_dir))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}, "Invalid type: nope"),
+        ({"type": "json_schema", "json_schema": {"schema": {"$ref": "#/$defs/x"}}}, "does not exist"),
+        ({"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True, "type": "array"}}}, "uniqueItems"),
+        ({"type": "json_schema", "json_schema": {"schema": {"minimum": 3, "maximum": 1, "type": "integer"}}}, "Unsatisfiable"),
+        ({"type": "regex", "regex": "(a"}, "unclosed group"),
+        ({"type": "grammar", "grammar": "start: other"}, "unknown name"),
+        ({"type": "grammar", "grammar": "root ::= ("}, "grammar"),
+    ],
+)
+def test_what_does_not_compile_is_refused_each_time(grammars, wanted, said):
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match=said) as caught:
+            grammars.check(ResponseFormat.parse(wanted))
+        assert caught.value.param == "response_format"
+
+
+def test_more_formats_than_are_kept(grammars):
+    for number in range(150):
+        assert grammars.matcher(ResponseFormat.parse({"type": "regex", "regex": f"a{number}"})).is_error() is False
+    assert len(grammars._kept) <= 64
+
+
+def test_without_the_library_a_request_is_refused_with_the_remedy(grammars, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(UnsupportedOption, match="pip install llguidance") as caught:
+        grammars.check(ResponseFormat.parse({"type": "json_object"}))
+    assert caught.value.param == "response_format"
+
+
+def test_the_engine_is_imported_without_the_library():
+    import subprocess
+
+    code = "import engine.rank, engine.engine, engine.frontend, engine.executor, sys; assert 'llguidance' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
