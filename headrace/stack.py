@@ -323,7 +323,9 @@ def worker_arguments(settings: Settings) -> list[str]:
 
 def api_arguments(*, host: str, port: int) -> list[str]:
     """Return the arguments after `python` that start the API."""
-    return ["-m", "uvicorn", "api.app:app", "--host", host, "--port", str(port), "--no-access-log"]
+    # Without the limit a client that reads its results slowly keeps the server from ever ending; it resumes by ?after=.
+    drain = ["--timeout-graceful-shutdown", "10"]
+    return ["-m", "uvicorn", "api.app:app", "--host", host, "--port", str(port), "--no-access-log", *drain]
 
 
 def flower_arguments(*, port: int, address: str = "127.0.0.1") -> list[str]:
