@@ -97,13 +97,15 @@ def test_odd_values_survive_the_wire(http: httpx.Client, store: Store) -> None:
     assert claim is not None
     logprobs = (TokenLogprobs(token_id=1, logprob=-0.5, top=((1, -0.5), (2, -float("inf")))),)
     odd = Choice(index=0, text="\x00 \u2028 \n 🎉 \ud83d", token_ids=(1,), finish_reason="length", logprobs=logprobs)
-    store.record(claim, [Completion(index=0, choices=(odd,))])
+    store.record(claim, [Completion(index=0, choices=(odd,), prompt_logprobs=logprobs)])
     store.finish_chunk(claim)
     for reply in (
         http.get(f"/v1/batches/{batch_id}/results.jsonl").content,
         json.dumps(http.get(f"/v1/batches/{batch_id}/results").json()["data"][0]).encode(),
     ):
-        choice = read_completion(reply.splitlines()[0]).choices[0]
+        completion = read_completion(reply.splitlines()[0])
+        assert completion.prompt_logprobs == logprobs
+        (choice,) = completion.choices
         assert choice.text == "\x00 \u2028 \n 🎉 \ufffd"
         assert choice.logprobs == logprobs
 

@@ -201,6 +201,17 @@ def test_eos_at_the_last_allowed_position_is_a_stop():
         assert (last["x"].finish_reason, last["x"].stop_detail, last["x"].token_ids) == (reason, detail, tokens[:count])
 
 
+def test_eos_as_the_last_token_that_a_session_or_a_pool_has_room_for_is_a_stop():
+    prompt, tokens = answers_with(lambda tokens: 2 not in tokens[:5] and tokens[5] == 2)
+    room = len(prompt) + 6
+    for session_len, reason, detail in ((room, "stop", "eos"), (room - 1, "length", "session_len")):
+        _, last, _, _ = run([request("x", prompt, max_new_tokens=50)], session_len=session_len)
+        assert (last["x"].finish_reason, last["x"].stop_detail, last["x"].token_ids) == (reason, detail, tokens[:5])
+    prompt, tokens = answers_with(lambda tokens: 2 not in tokens[:4] and tokens[4] == 2, prompt_len=4)
+    _, last, _, _ = run([request("x", prompt, max_new_tokens=50)], num_blocks=1, block_size=8)
+    assert (last["x"].finish_reason, last["x"].stop_detail) == ("stop", "eos")
+
+
 def test_a_row_launched_after_eos_is_dropped():
     prompt, tokens = answers_with(lambda tokens: 2 not in tokens[:3] and tokens[3] == 2)
     _, last, device, engine = run([request("x", prompt, max_new_tokens=12)])

@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from engine_driver import run
 from plan_driver import generate, options_for, request
 from tiny_models import save_tiny_model
 
+from engine.engine import Engine
 from engine.executor import LocalExecutor, make_executor
 from engine.options import EngineOptions
 from engine.parallel import Rendezvous
@@ -71,6 +74,31 @@ def test_ranks_together_give_the_tokens_of_one(tmp_path: Path, architecture: str
 
 
 @pytest.mark.enable_socket
+def test_forks_and_prompt_logprobs_on_two_ranks(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, vocab_size=401)
+    fields = {"top_k": 0, "temperature": 1.0, "max_new_tokens": 12, "ignore_eos": True, "prompt_logprobs": 4}
+    choices = [request(PROMPTS[0], seed=9, choice=choice, request_id=str(choice), **fields) for choice in range(3)]
+    choices = [replace(one, family="f") for one in choices]
+    single = options_for(path, block_size=16, max_prefill_token_num=50)
+    expected = run(Engine(LocalExecutor(single), single), choices)
+    options, rendezvous = replace(single, tp=2), Rendezvous()
+    with other_ranks(options, rendezvous) as ranks:
+        executor = make_executor(options, rendezvous)
+        engine = Engine(executor, options)
+        got = run(engine, choices)
+        executor.close()
+        assert ranks[0].wait(timeout=30) == 0
+    assert {name: one.token_ids for name, one in got.items()} == {name: one.token_ids for name, one in expected.items()}
+    assert engine.stats().computed_tokens == len(PROMPTS[0]) + 2 + 3 * 11
+    ours, theirs = got["0"].prompt_logprobs, expected["0"].prompt_logprobs
+    assert ours
+    assert theirs
+    assert [row.token_id for row in ours] == PROMPTS[0][1:]
+    assert [row.logprob for row in ours] == pytest.approx([row.logprob for row in theirs], abs=1e-4)
+    assert [[token for token, _ in row.top] for row in ours] == [[token for token, _ in row.top] for row in theirs]
+
+
+@pytest.mark.enable_socket
 def test_a_lost_rank_is_an_error_at_once(tmp_path: Path) -> None:
     options = options_for(save_tiny_model(tmp_path), tp=2)
     rendezvous = Rendezvous()
@@ -100,7 +128,8 @@ def test_a_plan_survives_json() -> None:
     plan = StepPlan(
         step=3,
         admitted=(Admission(1, one, (5, 6), (9, 8)),),
-        rows=(PlanRow(1, 0, 2, True, 0, ()), PlanRow(0, 4, 1, False, 3, (5,))),
+        rows=(PlanRow(1, 0, 2, True, 0, (), 1), PlanRow(0, 4, 1, False, 3, (5,))),
+        copies=((3, 4), (3, 7)),
     )
     assert StepPlan.from_json(plan.to_json()) == plan
     assert StepPlan.from_json(StepPlan(step=0, admitted=(), rows=()).to_json()) == StepPlan(step=0, admitted=(), rows=())

@@ -96,6 +96,21 @@ def test_prompt_logprobs_come_with_the_answer_and_with_a_streams_first_piece(pip
     assert plain.prompt_logprobs is None
 
 
+def test_what_completes_with_the_last_allowed_token_is_a_stop(pipe: AsyncEngine) -> None:
+    config: Any = {"top_k": 0, "temperature": 1.0, "random_seed": 12, "ignore_eos": True}
+    whole: Any = pipe("turn the wheel", GenerationConfig(max_new_tokens=8, **config))
+    word = next(letter for letter in reversed(whole.text) if letter != "\ufffd")
+    ends = []
+    for most in range(1, 9):
+        answer: Any = pipe("turn the wheel", GenerationConfig(max_new_tokens=most, stop_words=[word], **config))
+        ends.append((answer.finish_reason, answer.stop_detail))
+        if answer.finish_reason == "stop":
+            assert answer.text == whole.text[: whole.text.index(word)]
+    # From the limit on at which the word's last token is the last one allowed.
+    at = ends.index(("stop", f"stop_word:{word}"))
+    assert ends == [("length", "max_new_tokens")] * at + [("stop", f"stop_word:{word}")] * (8 - at)
+
+
 def test_the_choices_are_counted_as_one_prompt(pipe: AsyncEngine) -> None:
     before = pipe.report()["stats"]
     config = GenerationConfig(n=4, max_new_tokens=6, top_k=0, temperature=1.0, random_seed=3, ignore_eos=True)

@@ -83,6 +83,7 @@ def test_answers_of_every_kind_come_back_unchanged(store: Store) -> None:
                 for i in range(2)
             ),
             usage=TokenUsage(prompt_tokens=5, cached_tokens=4, completion_tokens=4),
+            prompt_logprobs=logprobs * 4,
             queue_ms=0.125,
             run_ms=3.5,
             attempts=2,
