@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic.json_schema import models_json_schema
 
 from api.examples import problem_kinds, restore_nulls
-from headrace.schemas import BatchCreate
+from headrace.schemas import BatchCreate, Problem
 
 _REF = "#/components/schemas/"
 # The browser itself checks that nothing comes from elsewhere, and a batch's text could never run as a script here.
@@ -78,7 +78,9 @@ def install(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = generated()
-            _, definitions = models_json_schema([(BatchCreate, "validation")], ref_template=_REF + "{model}")
+            _, definitions = models_json_schema(
+                [(BatchCreate, "validation"), (Problem, "serialization")], ref_template=_REF + "{model}"
+            )
             document["components"]["schemas"] |= definitions["$defs"]
             document = restore_nulls(document)
             _drop_foreign_errors(document)

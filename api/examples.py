@@ -8,7 +8,7 @@ from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig
 from headrace.errors import HeadraceError
-from headrace.schemas import BatchOut, BatchPage, Check, CompletionPage, Health, ModelList, ModelOut, Problem
+from headrace.schemas import BatchOut, BatchPage, Check, CompletionPage, Health, ModelList, ModelOut
 
 _ID: Final = "batch_6f1d0c3a9b5e4d7f8a2b1c0d9e8f7a6b"
 _T0: Final = 1764000000.0
@@ -176,7 +176,9 @@ _REASONS: Final = {
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` entries of these problem statuses; 401 and 503 can happen to every operation."""
-    return {status: {"description": _REASONS[status], "model": Problem} for status in sorted({401, 503, *statuses})}
+    # Not `model=Problem`: FastAPI would say that it comes as application/json. docs.py adds the schema to the document.
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _REASONS[status], "content": content} for status in sorted({401, 503, *statuses})}
 
 
 def problem_kinds() -> list[tuple[str, int, str]]:
