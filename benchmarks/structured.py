@@ -1,0 +1,183 @@
+"""What a response format costs: one job with a JSON schema and the same job without, tokens a second of each.
+
+    python benchmarks/structured.py                                       # the default model on a CPU, a few prompts
+    python benchmarks/structured.py --device cuda --prompts 1000 --max-batch-size 512 [--model DIR]
+
+Both jobs generate the same number of tokens for each prompt: the job with the schema runs first, with an end; then the job without it,
+each answer exactly as long as its twin (`ignore_eos`). So the ratio compares steps, not how talkative a free model is. Both run twice
+and the second time counts: tokenizer, grammar, kernels and graphs are warm, as they are for all but the first seconds of a job.
+Every finished answer is validated; one that doesn't ends the run without a figure.
+
+Each run is one JSON line, printed and appended to benchmarks/results/structured.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jsonschema
+import torch
+
+from engine.engine import Engine
+from engine.executor import LocalExecutor
+from engine.guidance import Guides
+from engine.model_info import ModelInfo, locate_model
+from engine.options import resolve
+from engine.request import TokenRequest
+from engine.tokenizer import Tokenizer
+from headrace.config import GenerationConfig, PytorchEngineConfig
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "email": {"type": "string", "pattern": "^[a-z.]{3,20}@[a-z]{3,12}\\.(com|org)$"},
+        "languages": {"type": "array", "items": {"enum": ["en", "de", "fr", "zh", "hi"]}, "minItems": 1, "maxItems": 3},
+        "address": {
+            "type": "object",
+            "properties": {"street": {"type": "string", "maxLength": 40}, "city": {"type": "string", "maxLength": 30}},
+            "required": ["street", "city"],
+            "additionalProperties": False,
+        },
+        "active": {"type": "boolean"},
+    },
+    "required": ["name", "age", "email", "languages", "address", "active"],
+    "additionalProperties": False,
+}
+SAMPLING = {"top_k": 0, "temperature": 0.8, "top_p": 0.95}
+
+
+class Run(NamedTuple):
+    """One job's answers and time."""
+
+    token_ids: list[tuple[int, ...]]
+    reasons: list[str]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens, prompts not counted."""
+        return sum(map(len, self.token_ids)) / self.seconds
+
+
+def run(engine: Engine, requests: Sequence[TokenRequest]) -> Run:
+    """Add all requests, step until they are done."""
+    begin = time.perf_counter()
+    for request in requests:
+        engine.add(request)
+    ids: dict[str, tuple[int, ...]] = {}
+    reasons: dict[str, str] = {}
+    while engine.has_work:
+        for output in engine.step():
+            if output.error is not None:
+                raise SystemExit(f"request {output.request_id} failed: {output.error}")
+            ids[output.request_id] = ids.get(output.request_id, ()) + output.token_ids
+            if output.finish_reason is not None:
+                reasons[output.request_id] = output.finish_reason
+    names = [request.request_id for request in requests]
+    return Run([ids[name] for name in names], [reasons[name] for name in names], time.perf_counter() - begin)
+
+
+def make_requests(
+    prompts: Sequence[tuple[int, ...]], eos_ids: tuple[int, ...], lengths: Sequence[int], **config: Any
+) -> list[TokenRequest]:
+    return [
+        TokenRequest(
+            request_id=str(index),
+            prompt_ids=ids,
+            config=GenerationConfig(max_new_tokens=length, **SAMPLING, **config),
+            seed=index,
+            choice=0,
+            max_new_tokens=length,
+            limit="max_new_tokens",
+            eos_ids=eos_ids,
+        )
+        for index, (ids, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+
+
+def validate(answers: Run, tokenizer: Tokenizer) -> int:
+    """Check every finished answer; return how many there are."""
+    finished = 0
+    for ids, reason in zip(answers.token_ids, answers.reasons, strict=True):
+        if reason == "stop":
+            jsonschema.validate(json.loads(tokenizer.decode(ids)), SCHEMA)
+            finished += 1
+    return finished
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    path = locate_model(arguments.model)
+    tokenizer, info = Tokenizer(path), ModelInfo.read(path)
+    config = PytorchEngineConfig(
+        device=arguments.device, max_batch_size=arguments.max_batch_size, session_len=1024, enable_prefix_caching=False
+    )
+    options = resolve(str(path), config)
+    engine = Engine(LocalExecutor(options), options, guides=Guides(options.model_path))
+    asked = [[{"role": "user", "content": f"Invent person number {i}."}] for i in range(arguments.prompts)]
+    prompts = [tokenizer.encode_chat(tokenizer.render(messages, continue_final=False)) for messages in asked]
+    held = {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}
+    most = [arguments.max_new_tokens] * len(prompts)
+    for _ in range(2):
+        with_schema = run(engine, make_requests(prompts, info.eos_ids, most, **held))
+    finished = validate(with_schema, tokenizer)
+    lengths = [max(1, len(ids)) for ids in with_schema.token_ids]
+    for _ in range(2):
+        without = run(engine, make_requests(prompts, info.eos_ids, lengths, ignore_eos=True))
+    return {
+        "benchmark": "structured",
+        "engine": "headrace",
+        "model": path.name,
+        "prompts": len(prompts),
+        "max_batch_size": arguments.max_batch_size,
+        "tokens": sum(lengths),
+        "finished_and_valid": finished,
+        "with_schema_tok_s": round(with_schema.tokens_per_second, 1),
+        "without_tok_s": round(without.tokens_per_second, 1),
+        "ratio": round(with_schema.tokens_per_second / without.tokens_per_second, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--max-batch-size", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--commit", help="where there is no git to ask")
+    arguments = parser.parse_args()
+    row = measure(arguments)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
+    row |= {
+        "device": device,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": arguments.commit or commit.stdout.strip() or "unknown",
+    }
+    line = json.dumps(row)
+    print(line)
+    with (ROOT / "benchmarks" / "results" / "structured.jsonl").open("a", encoding="utf-8") as out:
+        out.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
