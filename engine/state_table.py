@@ -91,8 +91,8 @@ class StateTable:
         """Append the plan's new blocks and lay out its rows (at least one) for the model."""
         self._append_blocks([(row.slot, row.new_blocks) for row in plan.rows if row.new_blocks])
         rows, num_rows = plan.rows, len(plan.rows)
-        columns = np.array([(row.slot, row.start, row.count) for row in rows], dtype=np.int64)
-        slots, starts, counts = columns.T
+        columns = np.array([(row.slot, row.start, row.count, row.scores) for row in rows], dtype=np.int64)
+        slots, starts, counts, scores = columns.T
         ends = np.cumsum(counts)
         sampled = tuple((row, int(end) - 1) for row, end in zip(rows, ends.tolist(), strict=True) if row.samples)
         host = tuple(SampledRow(row.slot, row.start + row.count, row.output_index) for row, _ in sampled)
@@ -124,8 +124,9 @@ class StateTable:
             row_T = torch.repeat_interleave(torch.arange(num_rows, device=self._device), counts_R, output_size=num_tokens)
             slot_T = slots_R[row_T]
             positions_T = torch.arange(num_tokens, device=self._device) - query_start_R1[row_T] + starts_R[row_T]
-        scored, places_P = self._scored(rows, ends - counts)
-        if places_P is not None:
+        scored: ScoredRows | None = None
+        if scores.any():  # not in a decode step, whose host time counts
+            scored, places_P = self._scored(rows, ends - counts)
             last_Q = torch.cat([places_P, last_Q])
         inputs = StepInputs(
             tokens_T=self.token_ids_SL.view(-1).index_select(0, slot_T * self._width + positions_T),
@@ -140,11 +141,9 @@ class StateTable:
         """Write the sampled tokens behind their rows' last ones: the next plan computes them from here."""
         self.token_ids_SL.view(-1).index_copy_(0, rows.slots_Q * self._width + rows.lengths_Q, tokens_Q.to(torch.int32))
 
-    def _scored(self, rows: Sequence[PlanRow], firsts: Ints) -> tuple[ScoredRows | None, Tensor | None]:
+    def _scored(self, rows: Sequence[PlanRow], firsts: Ints) -> tuple[ScoredRows, Tensor]:
         """Find the rows that score and where in the step their scored positions stand; `firsts`: where each row does."""
         scoring = [(row, int(first)) for row, first in zip(rows, firsts, strict=True) if row.scores]
-        if not scoring:
-            return None, None
         places = [np.arange(first, first + row.scores) for row, first in scoring]
         following = [np.arange(row.scores) + row.slot * self._width + row.start + 1 for row, _ in scoring]
         places_P, following_P = upload(np.concatenate(places + following), self._device).chunk(2)
