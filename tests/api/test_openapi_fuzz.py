@@ -25,7 +25,7 @@ def test_nothing_that_the_document_allows_or_forbids_breaks_the_service(
     work(store, only=[0])
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json"),
-        *("--checks", CHECKS, "--max-examples", "40", "--max-time", "40", "--seed", "1", "--no-color", "--warnings", "off"),
+        *("--checks", CHECKS, "--max-examples", "40", "--max-time", "25", "--seed", "1", "--no-color", "--warnings", "off"),
         # /readyz says 503 in this test, as it should: there is no worker.
         *("--exclude-path", "/readyz"),
     ]
