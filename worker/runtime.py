@@ -63,7 +63,7 @@ class Chore:
         while not self._stop.wait(self._every_s):
             try:
                 self._call()
-            except HEALS as error:
+            except (*HEALS, QueueUnavailable) as error:
                 log.warning("%s: %s It is done again in %.0f s.", self._name, error.message, self._every_s,
                             extra={"event": "chore_postponed", "chore": self._name, "code": error.code})  # fmt: skip
             except Exception:

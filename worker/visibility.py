@@ -13,6 +13,7 @@ from typing import Any
 import redis
 
 from headrace.broker import KEY_PREFIX
+from headrace.errors import QueueUnavailable
 
 
 class VisibilityRenewer:
@@ -30,7 +31,7 @@ class VisibilityRenewer:
         self._channel = channel
 
     def renew(self) -> int:
-        """Give every message in hand the present time; return how many there are. Raise redis.RedisError when Redis is away."""
+        """Give every message in hand the present time; return how many there are. Raise `QueueUnavailable` when Redis is away."""
         channel = self._channel
         if channel is None:
             return 0
@@ -38,7 +39,10 @@ class VisibilityRenewer:
         if not tags:
             return 0
         # XX: a message acknowledged a moment ago must not come back into the index.
-        self._redis.zadd(KEY_PREFIX + channel.unacked_index_key, dict.fromkeys(tags, time.time()), xx=True)
+        try:
+            self._redis.zadd(KEY_PREFIX + channel.unacked_index_key, dict.fromkeys(tags, time.time()), xx=True)
+        except (redis.RedisError, OSError) as error:
+            raise QueueUnavailable(f"{QueueUnavailable.__doc__} ({error})") from error
         return len(tags)
 
     def close(self) -> None:

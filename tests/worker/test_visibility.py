@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import redis
+from servers import RedisServer
 
 from headrace.broker import KEY_PREFIX, Broker, dispatch
 from headrace.config import GenerationConfig
+from headrace.errors import QueueUnavailable
 from headrace.settings import Settings
 from headrace.store import Store
 from worker.visibility import VisibilityRenewer
@@ -44,3 +47,22 @@ def test_messages_in_hand_are_renewed_and_acknowledged_ones_stay_away(settings: 
                 message.ack()
     renewer.close()
     client.close()
+
+
+def test_a_redis_that_is_away_is_said_so(settings: Settings, store: Store, broker: Broker, redis_server: RedisServer) -> None:
+    store.create_batch(["a"], GenerationConfig(), model="echo")
+    assert dispatch(store, broker, settings, "echo") == 1
+    renewer = VisibilityRenewer(settings.redis_url)
+    taken: list = []
+    with broker.app.connection_for_read() as connection, connection.channel() as channel:
+        consumer = broker.app.amqp.TaskConsumer(channel, callbacks=[lambda _, message: taken.append(message)])
+        consumer.consume()
+        while not taken:
+            connection.drain_events(timeout=5)
+        renewer.follow(channel)
+        redis_server.kill9()
+        with pytest.raises(QueueUnavailable):
+            renewer.renew()
+        redis_server.start()
+        assert renewer.renew() == 1
+    renewer.close()
