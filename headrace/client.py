@@ -50,7 +50,11 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """`base_url`: with or without `/v1`; `timeout`: seconds for one answer; `transport`: another way than a socket."""
-        headers = {"user-agent": "headrace-client"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
+        headers = {b"user-agent": b"headrace-client"}
+        if api_key:
+            if not api_key.isprintable():
+                raise InvalidRequest("api_key has a line break or another control character in it", param="api_key")
+            headers[b"authorization"] = f"Bearer {api_key}".encode()
         root = base_url.rstrip("/").removesuffix("/v1")
         limits = httpx.Timeout(timeout, connect=min(timeout, 5.0))
         self._http = httpx.Client(base_url=root, headers=headers, timeout=limits, transport=transport)
@@ -90,7 +94,7 @@ class Client:
             "priority": priority,
             "completion_window": completion_window,
         }
-        headers = {"content-type": "application/json", "idempotency-key": idempotency_key or uuid.uuid4().hex}
+        headers = {"content-type": "application/json", "idempotency-key": _key(idempotency_key)}
         return read_batch(self._json("POST", "/v1/batches", content=_encode(body), headers=headers))
 
     def get(self, batch_id: str) -> Batch:
@@ -162,7 +166,7 @@ class Client:
 
         Its `metadata['retry_of']` names the old one, which stays as it is. Raises `Conflict` when nothing of it can be retried.
         """
-        headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
+        headers = {"idempotency-key": _key(idempotency_key)}
         return read_batch(self._json("POST", f"/v1/batches/{batch_id}/retry", headers=headers))
 
     def delete(self, batch_id: str) -> None:
@@ -251,6 +255,12 @@ def _kinds() -> dict[str, type[HeadraceError]]:
             kinds.setdefault(kind.code, kind)
         level = [below for kind in level for below in kind.__subclasses__()]
     return kinds
+
+
+def _key(given: str | None) -> str:
+    if given and not (given.isascii() and given.isprintable()):
+        raise InvalidRequest("idempotency_key must be printable ASCII characters", param="idempotency_key")
+    return given or uuid.uuid4().hex
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:

@@ -9,9 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from headrace.errors import InvalidRequest
+from headrace.log import check_level
+
+MAX_CHUNK_SIZE: Final = 256
+"""Most prompts in a chunk: it is one message in Redis and what one worker computes again after a crash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +94,39 @@ class Settings:
                 values[spec.name] = kind(text)
             except ValueError:
                 raise InvalidRequest(f"{name}={text!r} is not a {kind.__name__}", param=name) from None
-            if kind in (int, float) and values[spec.name] <= 0:
+            if kind in (int, float) and not values[spec.name] > 0:  # `not >` refuses nan too
                 raise InvalidRequest(f"{name} must be above 0, not {text}", param=name)
         values["home"] = Path(values.get("home", specs["HEADRACE_HOME"].default)).expanduser()
-        return cls(**values)
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        """Refuse what would otherwise show as a service that starts and then fails at every request."""
+        try:
+            check_level(self.log_level)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"HEADRACE_LOG_LEVEL: {error.message}", param="HEADRACE_LOG_LEVEL") from None
+        if self.chunk_size > MAX_CHUNK_SIZE:
+            raise InvalidRequest(
+                f"HEADRACE_CHUNK_SIZE must be from 1 to {MAX_CHUNK_SIZE}, not {self.chunk_size}", param="HEADRACE_CHUNK_SIZE"
+            )
+        check_redis_url(self.redis_url, name="HEADRACE_REDIS_URL")
 
     def to_environ(self) -> dict[str, str]:
         """Return the variables from which `from_environ` reads these settings in a child process."""
         return {f"HEADRACE_{spec.name.upper()}": str(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
+
+
+def check_redis_url(url: str, *, name: str) -> None:
+    """Raise `InvalidRequest` naming the setting or option `name` unless `url` is redis://… or rediss://… (its password isn't shown)."""
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("redis", "rediss") and parts.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise InvalidRequest(f"{name} must be a URL such as redis://:password@host:6379/0", param=name)
 
 
 @cache

@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     status = commands.add_parser("status", help="show one batch, or the newest ones")
     status.add_argument("batch_id", nargs="?")
     status.add_argument("--wait", action="store_true", help="wait for the batch's end, with progress")
-    status.add_argument("--limit", type=int, default=20, help="how many batches to list (default: %(default)s)")
+    status.add_argument("--limit", type=options.positive, default=20, help="how many batches to list (default: %(default)s)")
     status.set_defaults(run=run_status)
 
     results = commands.add_parser("results", help="print the answers of a batch as JSONL, in the input's order")
@@ -79,6 +79,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
         raise InvalidRequest(
             "-o needs --wait: without it the answers are not there yet (later: headrace results BATCH_ID -o FILE)", param="-o"
         )
+    options.check_output(arguments.output, source=arguments.input)
     rows = [*(read_rows(arguments.input) if arguments.input else ()), *_typed(arguments.prompt)]
     if not rows:
         raise InvalidRequest("there is nothing to send: name a JSONL file or give --prompt", param="input")
@@ -142,6 +143,7 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 def run_results(arguments: argparse.Namespace) -> int:
     """Print or write the answers."""
+    options.check_output(arguments.output)
     with client_of(arguments) as client:
         completions = client.results(arguments.batch_id, after=arguments.after, follow=arguments.follow)
         if arguments.output:

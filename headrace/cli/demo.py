@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.cli import console, options
 from headrace.cli.batches import exit_code, refuse_bad_rows, wait_with_progress, write_results
-from headrace.cli.up import Steps, add_stack_options, interrupted_once, positive, spinner, stack_options
+from headrace.cli.up import Steps, add_stack_options, interrupted_once, spinner, stack_options
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig
 from headrace.dataset import Row, read_rows
@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument(
         "-o", "--output", type=Path, help="where the answers go (default: demo-results.jsonl in the state directory)"
     )
-    command.add_argument("--max-new-tokens", type=positive, default=64, help="for each prompt (default: %(default)s)")
+    command.add_argument("--max-new-tokens", type=options.positive, default=64, help="for each prompt (default: %(default)s)")
     command.add_argument("--show", type=int, default=6, help="how many answers to print (default: %(default)s)")
     options.add_json(command)
     command.set_defaults(run=run)
@@ -40,6 +40,7 @@ def add_commands(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the job; 1 when nothing was answered."""
+    options.check_output(arguments.output, source=arguments.prompts)
     rows = list(read_rows(arguments.prompts))
     refuse_bad_rows(rows)
     output = arguments.output or arguments.state_dir / "demo-results.jsonl"

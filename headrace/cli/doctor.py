@@ -157,16 +157,22 @@ def _engine() -> Iterator[Finding]:
 
 
 def _redis() -> Finding:
+    import redis
+
+    from headrace.cli.up import hide_password
     from headrace.process import StackError
     from headrace.settings import get_settings
-    from headrace.stack import find_redis, redis_answers
+    from headrace.stack import find_redis
 
     if options.is_set("HEADRACE_REDIS_URL"):
         url = get_settings().redis_url
-        alive = redis_answers(url)
-        return Finding(
-            "Redis", "ok" if alive else "missing", f"{url} {'answers' if alive else 'does not answer'} (HEADRACE_REDIS_URL)"
-        )
+        shown = hide_password(url)
+        try:
+            with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
+                client.ping()
+        except (redis.RedisError, OSError, ValueError) as error:
+            return Finding("Redis", "missing", f"{shown} does not answer (HEADRACE_REDIS_URL): {error}")
+        return Finding("Redis", "ok", f"{shown} answers (HEADRACE_REDIS_URL)")
     try:
         return Finding("Redis", "ok", f"{find_redis()}, started by `headrace up`")
     except StackError as error:

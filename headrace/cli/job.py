@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from headrace.job import JobEngine, JobSpec, run_job
     from headrace.settings import get_settings
 
+    options.check_output(arguments.output, source=arguments.input)
     settings = get_settings()
     template = arguments.chat_template
     is_fields = template is not None and (template.lstrip().startswith("{") or template.endswith(".json"))

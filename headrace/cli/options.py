@@ -14,6 +14,7 @@ from headrace.settings import Settings
 from headrace.stack import DEFAULT_STATE_DIR, read_urls
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+MAX_PORT = 65535
 
 
 def add_state_dir(command: argparse.ArgumentParser) -> None:
@@ -41,6 +42,32 @@ def add_server(command: argparse.ArgumentParser) -> None:
     command.add_argument("--url", help=f"the API (default: the stack that runs on --state-dir, else {DEFAULT_URL})")
     command.add_argument("--api-key", help="default: HEADRACE_API_KEY")
     add_state_dir(command)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def port(text: str) -> int:
+    """Parse a TCP port; 0 means a free one."""
+    value = int(text)
+    if not 0 <= value <= MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to {MAX_PORT}")
+    return value
+
+
+def check_output(output: Path | None, *, source: Path | None = None) -> None:
+    """Raise `InvalidRequest` before any work where the answers would go into a directory or over the prompts."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise InvalidRequest(f"-o {output} is a directory; name a file", param="-o")
+    if source is not None and output.exists() and source.exists() and output.samefile(source):
+        raise InvalidRequest(f"-o {output} is the input, which the answers would replace; name another file", param="-o")
 
 
 def read_object(option: str, text: str | None) -> dict[str, Any]:

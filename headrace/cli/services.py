@@ -6,11 +6,15 @@ import argparse
 import os
 import subprocess
 import sys
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from headrace.cli import console, options
 from headrace.errors import NotFound
 from headrace.stack import ROOT, api_arguments, worker_arguments
+
+if TYPE_CHECKING:
+    from headrace.settings import Settings
 
 
 def add_commands(commands: Any) -> None:
@@ -22,7 +26,7 @@ def add_commands(commands: Any) -> None:
 
     api = commands.add_parser("api", help="run the API in the foreground (settings: HEADRACE_*)")
     api.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    api.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    api.add_argument("--port", type=options.port, default=8000, help="default: %(default)s")
     api.add_argument("uvicorn", nargs="*", help="further options of uvicorn, after --")
     api.set_defaults(run=run_api)
 
@@ -45,15 +49,28 @@ def become(arguments: list[str], environ: dict[str, str]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **environ})  # noqa: S606  # no shell is wanted
 
 
+def environ_of(settings: Settings) -> dict[str, str]:
+    """Return what the program needs of `settings` because it runs in the checkout's root: every path from here made absolute."""
+    from headrace.store.session import absolute_url
+
+    model = Path(settings.model)
+    return {
+        "HEADRACE_HOME": str(settings.home.absolute()),
+        "HEADRACE_MODEL": str(model.resolve()) if model.is_dir() else settings.model,
+        "HEADRACE_DATABASE_URL": absolute_url(settings.database_url),
+    }
+
+
 def run_worker(arguments: argparse.Namespace) -> NoReturn:
     """Become a Celery worker."""
     settings = options.settings_of(model=arguments.model)
-    become([*worker_arguments(settings), *arguments.celery], {"HEADRACE_MODEL": settings.model})
+    become([*worker_arguments(settings), *arguments.celery], environ_of(settings))
 
 
 def run_api(arguments: argparse.Namespace) -> NoReturn:
     """Become the API's server."""
-    become([*api_arguments(host=arguments.host, port=arguments.port), *arguments.uvicorn], {})
+    environ = environ_of(options.settings_of())
+    become([*api_arguments(host=arguments.host, port=arguments.port), *arguments.uvicorn], environ)
 
 
 def run_migrate(_: argparse.Namespace) -> int:

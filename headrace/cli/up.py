@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from headrace.cli import console, options
+from headrace.settings import check_redis_url
 from headrace.stack import Stack, StackOptions, port_or_free
 
 
@@ -22,9 +23,11 @@ def add_commands(commands: Any) -> None:
     )
     add_stack_options(command)
     command.add_argument("--host", default="127.0.0.1", help="where the API listens (default: %(default)s)")
-    command.add_argument("--port", type=int, help="the API's port (default: 8000, or a free one when that is taken)")
-    command.add_argument("--flower-port", type=int, help="Flower's port (default: 5555, or a free one when that is taken)")
-    command.add_argument("--redis-port", type=int, default=0, help="the embedded Redis's port (default: a free one)")
+    command.add_argument("--port", type=options.port, help="the API's port (default: 8000, or a free one when that is taken)")
+    command.add_argument(
+        "--flower-port", type=options.port, help="Flower's port (default: 5555, or a free one when that is taken)"
+    )
+    command.add_argument("--redis-port", type=options.port, default=0, help="the embedded Redis's port (default: a free one)")
     command.add_argument("--no-flower", action="store_true", help="leave Flower out")
     command.set_defaults(run=run)
 
@@ -37,20 +40,16 @@ def add_stack_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--database-url", help="default: HEADRACE_DATABASE_URL, else SQLite in the state directory")
     command.add_argument("--redis-url", help="default: HEADRACE_REDIS_URL, else a Redis of the stack's own")
     command.add_argument(
-        "--worker-concurrency", type=positive, help="chunks in flight in the worker (default: HEADRACE_WORKER_CONCURRENCY)"
+        "--worker-concurrency",
+        type=options.positive,
+        help="chunks in flight in the worker (default: HEADRACE_WORKER_CONCURRENCY)",
     )
-
-
-def positive(text: str) -> int:
-    """Parse a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def stack_options(arguments: argparse.Namespace, **changes: Any) -> StackOptions:
     """Return the stack that the command line and the environment describe."""
+    if arguments.redis_url:
+        check_redis_url(arguments.redis_url, name="--redis-url")
     engine = None if arguments.engine_config is None else json.dumps(options.engine_config(arguments.engine_config).to_dict())
     return StackOptions(
         settings=options.settings_of(
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     if urls.flower:
         console.say(f"Flower  {urls.flower}")
     console.say(
-        f"Redis   {urls.redis}\nSQL     {hide_password(urls.database)}\nlogs    {arguments.state_dir}/logs\nCtrl-C stops all of it."
+        f"Redis   {hide_password(urls.redis)}\nSQL     {hide_password(urls.database)}\nlogs    {arguments.state_dir}/logs\nCtrl-C stops all of it."
     )
     try:
         stack.supervise(console.say)
@@ -134,8 +133,8 @@ def spinner() -> Iterator[Steps]:
 
 
 def hide_password(url: str) -> str:
-    """Return a database URL that may be shown."""
-    return re.sub(r"(://[^:/@]+):[^@/]*@", r"\1:***@", url)
+    """Return a database's or a broker's URL that may be shown. Redis takes a password without a user: `redis://:password@host`."""
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", url)
 
 
 @contextlib.contextmanager

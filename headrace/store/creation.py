@@ -20,12 +20,13 @@ from headrace.batch import BatchStatus
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, HeadraceError, InvalidRequest, QueueFull
+from headrace.settings import MAX_CHUNK_SIZE
 from headrace.store.batches import count_open_prompts
 from headrace.store.lifecycle import advance, lock_batch, settle
 from headrace.store.results import insert_rows, to_row
 from headrace.store.session import Database, insert_new
 from headrace.store.tables import batches, chunks, now, prompts
-from headrace.store.values import MAX_CHUNK_SIZE, ChunkState, refusal, to_json, window_seconds
+from headrace.store.values import ChunkState, refusal, to_json, window_seconds
 
 SLICE_ROWS: Final = 2000
 SLICE_CHARS: Final = 4 * 1024 * 1024

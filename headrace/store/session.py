@@ -193,6 +193,11 @@ def schema_engine(url: URL) -> Engine:
     return _sqlite_engine(url, begin="BEGIN IMMEDIATE", query_only=False, foreign_keys=False, pool_size=None)
 
 
+def absolute_url(text: str) -> str:
+    """Return the URL, password included, as it is from every working directory; raise `InvalidRequest` for what is no such URL."""
+    return _checked(text).render_as_string(hide_password=False)
+
+
 def _checked(text: str) -> URL:
     try:
         url = make_url(text)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from headrace.config import GenerationConfig
 from headrace.dataset import read_rows
 from headrace.errors import InvalidRequest
 from headrace.settings import get_settings
+from headrace.stack import find_redis
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("demo", "up", "run", "submit", "status", "results", "cancel", "worker", "api", "migrate", "bench", "doctor")
@@ -49,6 +52,10 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         ["run", "in.jsonl"],
         ["demo", "--max-new-tokens", "0"],
         ["up", "--worker-concurrency", "-1"],
+        ["up", "--port", "99999"],
+        ["api", "--port", "-1"],
+        ["status", "--limit", "-1"],
+        ["status", "--limit", "0"],
         ["cancel"],
     ],
 )
@@ -72,6 +79,14 @@ def test_a_malformed_command_line_ends_with_2(arguments: list[str], capsys: pyte
         (["submit"], 2, "nothing to send"),
         (["submit", "--prompt", "x", "-o", "out"], 2, "-o needs --wait"),
         (["submit", "in.jsonl"], 2, "line 2: line 2 is not JSON"),
+        (["submit", "--prompt", "x", "--idempotency-key", "é"], 2, "idempotency_key must be"),
+        (["submit", "--prompt", "x", "--api-key", "a\nb"], 2, "api_key has a line break"),
+        (["run", "in.jsonl", "-o", "./in.jsonl"], 2, "is the input"),
+        (["run", "in.jsonl", "-o", "."], 2, "is a directory"),
+        (["submit", "in.jsonl", "--wait", "-o", "in.jsonl"], 2, "is the input"),
+        (["demo", "--prompts", "in.jsonl", "-o", "in.jsonl"], 2, "is the input"),
+        (["results", "batch_0", "-o", "."], 2, "is a directory"),
+        (["up", "--redis-url", "redis://host:port"], 2, "--redis-url must be a URL"),
         (["bench", "nonsense"], 1, "there is no benchmark 'nonsense'"),
     ],
 )
@@ -91,6 +106,85 @@ def test_a_setting_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch,
     (Path.cwd() / "in.jsonl").write_text('"x"\n')
     assert main(["run", "in.jsonl", "-o", "out"]) == 2
     assert "HEADRACE_MODLE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HEADRACE_LOG_LEVEL", "loud"),
+        ("HEADRACE_CHUNK_SIZE", "257"),
+        ("HEADRACE_LEASE_S", "nan"),
+        ("HEADRACE_REDIS_URL", "redis://me:hidden@host:port/0"),
+        ("HEADRACE_REDIS_URL", "amqp://host"),
+    ],
+)
+@pytest.mark.parametrize("command", ["api", "worker", "doctor"])
+def test_a_setting_that_can_not_be_stops_a_service_before_it_starts(
+    command: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main([command]) in (1, 2)
+    shown = capsys.readouterr()
+    assert name in shown.out + shown.err
+    assert "hidden" not in shown.out + shown.err
+    assert "bug" not in shown.err
+
+
+@pytest.mark.parametrize("command", ["api", "worker"])
+def test_a_service_finds_the_paths_that_were_meant_where_it_was_started(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It runs in the checkout's root: a relative path would lead elsewhere, and api and worker would not meet."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HEADRACE_MODEL", "model")
+    monkeypatch.setenv("HEADRACE_DATABASE_URL", "sqlite:///data/x.db")
+    became: list[dict[str, str]] = []
+    monkeypatch.setattr("headrace.cli.services.become", lambda _, environ: became.append(environ))
+    assert main([command]) == 0
+    assert became[0]["HEADRACE_MODEL"] == str(tmp_path / "model")
+    assert became[0]["HEADRACE_DATABASE_URL"].endswith(f":///{tmp_path}/data/x.db")
+    monkeypatch.setenv("HEADRACE_DATABASE_URL", "mysql://me:hidden@host/db")
+    get_settings.cache_clear()
+    assert main([command]) == 2
+
+
+def test_doctor_asks_redis_with_its_password_and_does_not_show_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    port = free_port()
+    command = [
+        find_redis(),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        str(tmp_path),
+        "--save",
+        "",
+        "--requirepass",
+        "hidden",
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not is_listening(port) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for password, state in (("hidden", "ok"), ("hiddenwrong", "missing")):
+            get_settings.cache_clear()
+            monkeypatch.setenv("HEADRACE_REDIS_URL", f"redis://:{password}@127.0.0.1:{port}/0")
+            main(["doctor", "--json"])
+            shown = capsys.readouterr().out
+            assert {found["name"]: found["state"] for found in json.loads(shown)}["Redis"] == state
+            assert "hidden" not in shown
+    finally:
+        server.kill()
+        server.wait()
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_an_unexpected_error_is_one_line_and_debug_shows_where(
@@ -230,6 +324,8 @@ def test_the_exit_code_says_whether_there_are_answers(status: BatchStatus, compl
 
 def test_passwords_are_not_shown() -> None:
     assert hide_password("postgresql+psycopg://me:secret@host/db") == "postgresql+psycopg://me:***@host/db"
+    assert hide_password("redis://:s@cret@host:6379/0") == "redis://:***@host:6379/0"
+    assert hide_password("redis://host:6379/0") == "redis://host:6379/0"
     assert hide_password("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
 
 
