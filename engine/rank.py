@@ -84,10 +84,16 @@ class ParentPipe:
             _leave()
 
     def _read(self) -> None:
-        frames = FrameReader()
-        while data := os.read(self._in, _READ_SIZE):
-            for message in frames.feed(data):
-                self._inbox.put(message)
+        try:
+            frames = FrameReader()
+            while data := os.read(self._in, _READ_SIZE):
+                for message in frames.feed(data):
+                    self._inbox.put(message)
+        except Exception:
+            # With nobody reading, the process would never hear that its parent is gone.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         _leave()
 
 

@@ -142,7 +142,10 @@ class RankProcess:
             log.exception("A killed engine process doesn't go; its device memory stays in use.", extra={"event": "rank_stuck"})
         self._outbox.put(None)
         self._writer.join(timeout=5)
-        while select.select([self.stderr], [], [], 0)[0] and self.read_stderr():
+        # Not select.select(): it takes no descriptor from 1024 on, which a server with many clients hands out.
+        news = select.poll()
+        news.register(self.stderr, select.POLLIN)
+        while news.poll(0) and self.read_stderr():
             pass
         for pipe in (self._popen.stdin, self._popen.stdout, self._popen.stderr):
             if pipe is not None:

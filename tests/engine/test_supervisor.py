@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -274,3 +275,33 @@ def test_engine_dies_with_its_parent(tiny_model_dir: Path) -> None:
             time.sleep(0.02)
         gone = not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert gone
+
+
+def test_an_engine_is_closed_in_a_process_with_many_files(make: Make) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1300:
+        pytest.skip("this host allows no process 1300 files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1300), hard))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(1100):
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            frontend, box = make(), Mailbox()
+            submit(frontend, box, 3)
+            assert all(completion.error is None for completion in box.take(3).values())
+            [pid] = frontend.pids
+            frontend.close()
+        assert not psutil.pid_exists(pid)
+        with pytest.raises(EngineError, match="closed"):
+            submit(frontend, box, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_rank_that_cannot_read_its_commands_ends() -> None:
+    command = [sys.executable, "-P", "-m", "engine.rank"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"\xff" * 8)
+        process.stdin.flush()  # and it stays open: it isn't the end of the file that ends the process
+        assert process.wait(timeout=30) == 1
