@@ -166,7 +166,12 @@ class AsyncEngine:
             )
 
         with ExitStack() as stack:
-            await asyncio.to_thread(stack.enter_context, self._running.run(session_id, submit))
+            entering = loop.run_in_executor(None, stack.enter_context, self._running.run(session_id, submit))
+            try:
+                await asyncio.shield(entering)
+            except asyncio.CancelledError:  # the thread goes on: what it submits would run, and hold its id, for nobody
+                entering.add_done_callback(lambda _: stack.close())
+                raise
             while (piece := await pieces.get()) is not None:
                 yield piece if session_id is None else replace(piece, session_id=session_id)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from engine.grammar import Grammars
@@ -19,6 +19,9 @@ from engine.templates import ChatTemplate, parse_messages
 from engine.tokenizer import Tokenizer
 from headrace.config import GenerationConfig
 from headrace.errors import ContextLengthExceeded, InvalidRequest
+
+_Words = tuple[str, ...]
+_Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,13 @@ class Preparer:
     info: ModelInfo
     session_len: int
     _grammars: Grammars = field(init=False)
+    _bad_sequences: Callable[[_Words, _Ids], tuple[_Ids, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make room for the response formats that will be asked for."""
+        """Make room for the response formats and bad words that will be asked for."""
         object.__setattr__(self, "_grammars", Grammars(self.tokenizer, self.info))
+        # A cache of its own: one of the module's would keep the tokenizers of engines that are closed.
+        object.__setattr__(self, "_bad_sequences", lru_cache(maxsize=256)(partial(_bad_sequences, self.tokenizer)))
 
     def prepare(
         self,
@@ -101,7 +107,7 @@ class Preparer:
                 limit=limit,
                 eos_ids=stops.eos_ids,
                 stop_ids=stops.stop_ids,
-                bad_sequences=_bad_sequences(self.tokenizer, config.bad_words, config.bad_token_ids),
+                bad_sequences=self._bad_sequences(config.bad_words, config.bad_token_ids),
                 stream=is_streamed or bool(stops.words),
                 family=str(handle) if config.n > 1 else None,
             )
@@ -178,8 +184,7 @@ def _seed(config: GenerationConfig, seed_key: str | None, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-@lru_cache(maxsize=256)
-def _bad_sequences(tokenizer: Tokenizer, words: tuple[str, ...], ids: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def _bad_sequences(tokenizer: Tokenizer, words: _Words, ids: _Ids) -> tuple[_Ids, ...]:
     """Return each word at the start of a text, after a space and inside a line, as the tokenizer writes it."""
     newline = tokenizer.encode_chat("\n")
     found: dict[tuple[int, ...], None] = {(index,): None for index in ids}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,14 @@ def test_choices_are_one_family_with_one_seed(preparer: Preparer) -> None:
     assert {(one.family, one.seed) for one in requests} == {("1", requests[0].seed)}
     assert [one.choice for one in requests] == [0, 1, 2]
     assert prepare(preparer, n=1).requests[0].family is None
+
+
+def test_a_tokenizer_goes_with_its_preparer(tiny_model_dir: Path) -> None:
+    tokenizer = Tokenizer(tiny_model_dir)
+    kept = weakref.ref(tokenizer)
+    template = choose_template(tokenizer, config=None, model_name=None, engine_model_name=None)
+    preparer = Preparer(tokenizer, template, ModelInfo.read(tiny_model_dir), 100)
+    prepare(preparer, bad_words=["water"])
+    del tokenizer, template, preparer
+    gc.collect()
+    assert kept() is None

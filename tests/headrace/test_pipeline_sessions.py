@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipelines import SMALL, assert_idle
@@ -90,3 +91,27 @@ def test_generate_under_a_session_id(pipe: AsyncEngine) -> None:
         assert [piece.session_id async for piece in pipe.generate("water", GREEDY)][0] == 0  # noqa: RUF015
 
     asyncio.run(main())
+
+
+def test_generate_cancelled_while_it_submits_leaves_nothing_behind(pipe: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, submitting, go_on = pipe.frontend.submit, threading.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> int:
+        submitting.set()
+        go_on.wait(10)
+        return submit(*args, **kwargs)
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe.frontend, "submit", slow)
+            task = asyncio.ensure_future(anext(pipe.generate("water", ENDLESS, session_id=88)))
+            await asyncio.to_thread(submitting.wait, 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go_on.set()
+            await asyncio.sleep(0.2)
+        assert [piece async for piece in pipe.generate("mill", GREEDY, session_id=88)]
+
+    asyncio.run(main())
+    assert_idle(pipe)
