@@ -73,9 +73,12 @@ def parse_json(text: bytes, *, line: int) -> Any:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"line {line} is not UTF-8 (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f" (column {error.colno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else " (nested too deeply)"
-        raise InvalidRequest(f"line {line} is not JSON{where}") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"line {line} is not JSON (column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise InvalidRequest(f"line {line} is not JSON (nested too deeply)") from None
+    except ValueError:  # JSON, but Python reads no number of thousands of digits
+        raise InvalidRequest(f"line {line} has a number that is too long") from None
 
 
 def parse_row(value: Any) -> Prompt:
@@ -102,6 +105,9 @@ def _custom_id(value: Any) -> str | None:
     custom_id = value.get("custom_id") if isinstance(value, dict) else None
     if custom_id is not None and not isinstance(custom_id, str):
         raise InvalidRequest(f"custom_id must be a string, not {custom_id!r}", param="custom_id")
+    if custom_id is not None and any("\ud800" <= char <= "\udfff" for char in custom_id):
+        # The output is UTF-8, which has no half of a surrogate pair: this one row would keep the whole file from being written.
+        raise InvalidRequest("custom_id must be valid Unicode text, without halves of surrogate pairs", param="custom_id")
     return custom_id
 
 

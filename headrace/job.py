@@ -203,7 +203,8 @@ class _Run:
         exhausted = False
         renewed = reported = time.monotonic()
         while not exhausted or self._in_engine:
-            while not exhausted and self._in_engine < WINDOW_ROWS:
+            # Long prompts take long to feed; a lease that ran out meanwhile would have this job compute its own chunk twice.
+            while not exhausted and self._in_engine < WINDOW_ROWS and time.monotonic() - renewed <= LEASE_S / 3:
                 item = next(feed, None)
                 if item is None:
                     exhausted = True

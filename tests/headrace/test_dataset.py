@@ -42,6 +42,8 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
         (b'"\xff"', "invalid_request", "not UTF-8"),
         ("[" * 100_000, "invalid_request", "JSON"),
         ("3", "invalid_request", "not int"),
+        ("1" * 5000, "invalid_request", "number that is too long"),
+        ('{"prompt": "a", "custom_id": "\\ud800"}', "invalid_request", "custom_id"),
         ("null", "invalid_request", "not NoneType"),
         ('""', "invalid_request", "not empty"),
         ('{"prompt": ["a"]}', "invalid_request", "prompt must be a text"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,18 @@ def test_the_engine_is_never_given_more_than_its_window(tmp_path: Path) -> None:
     _, engine = run(spec_of(tmp_path))
     assert len(engine.seen) == 3 * WINDOW_ROWS
     assert 0 < engine.most_waiting <= WINDOW_ROWS
+
+
+def test_feeding_slower_than_a_lease_computes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.job.LEASE_S", 2.0)
+
+    class SlowToTake(EchoEngine):
+        def submit(self, *args: Any, **kwargs: Any) -> int:
+            time.sleep(0.008)  # tokenising a long prompt
+            return super().submit(*args, **kwargs)
+
+    _, engine = run(spec_of(tmp_path), SlowToTake())
+    assert len(set(engine.seen)) == len(engine.seen)
 
 
 def test_several_choices_are_all_there(tmp_path: Path) -> None:
