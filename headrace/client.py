@@ -171,7 +171,7 @@ class Client:
 
     def delete(self, batch_id: str) -> None:
         """Delete a batch that is over, with its results. Raises `NotFound`, and `Conflict` while it is not over."""
-        self._send("DELETE", f"/v1/batches/{batch_id}")
+        self._send("DELETE", f"/v1/batches/{batch_id}", is_removal=True)
 
     def list(self, *, status: BatchStatus | str | None = None, page_size: int = 50) -> Iterator[Batch]:
         """Yield the batches, newest first, fetching pages as they are needed."""
@@ -190,8 +190,11 @@ class Client:
     def _json(self, method: str, path: str, **request: Any) -> Any:
         return self._send(method, path, **request).json()
 
-    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Send until there is an answer that a repetition would not change. Raises what its problem names."""
+    def _send(self, method: str, path: str, *, is_removal: bool = False, **request: Any) -> httpx.Response:
+        """Send until there is an answer that a repetition would not change. Raises what its problem names.
+
+        `is_removal`: where the reply to an earlier attempt was lost, 'not found' says that what was wanted is the case.
+        """
         for failures in range(1, self._max_retries + 2):
             try:
                 response = self._http.request(method, path, **request)
@@ -203,7 +206,8 @@ class Client:
             if not _is_worth_repeating(response) or failures > self._max_retries:
                 break
             time.sleep(_hint_s(response) or _backoff_s(failures))
-        if response.is_error:
+        is_done = is_removal and failures > 1 and response.status_code == httpx.codes.NOT_FOUND
+        if response.is_error and not is_done:
             raise error_of(response)
         return response
 

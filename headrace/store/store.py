@@ -141,6 +141,8 @@ class Store:
         ):
             yield from (item.prompt for item in page)
             after = page[-1].index
+        # Deleted while it was read, the old batch looks as if it ended here: half of its prompts must not pass for all of them.
+        self.get_batch(batch_id)
 
     def delete_batch(self, batch_id: str) -> None:
         """Delete a batch that is over, with its prompts and results. Raises `NotFound`, and `Conflict` while it is not over."""

@@ -271,3 +271,22 @@ def test_an_answer_that_is_no_problem_is_still_an_error(api: LiveApi) -> None:
             client.models()
         with pytest.raises(NotFound, match="404"):
             list(client.list(page_size=404))
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_delete_whose_reply_was_lost_is_done(is_lost: bool) -> None:
+    calls = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        calls.append(request.method)
+        if is_lost and len(calls) == 1:
+            raise httpx.ReadError("lost", request=request)
+        return httpx.Response(404, json={"code": "not_found", "detail": "no batch"})
+
+    with Client(transport=httpx.MockTransport(answer)) as client:
+        if is_lost:
+            client.delete("batch_x")
+        else:
+            with pytest.raises(NotFound):
+                client.delete("batch_x")
+    assert calls == ["DELETE"] * (2 if is_lost else 1)

@@ -49,6 +49,23 @@ def test_no_more_than_so_many_open_prompts(store: Store) -> None:
     submit(store, 1, max_open_prompts=1)
 
 
+def test_a_batch_that_is_deleted_while_it_is_retried_leaves_no_half_of_it(store: Store) -> None:
+    old = submit(store, 600)
+    store.cancel_batch(old.id)
+
+    def read() -> Iterator[str]:
+        for prompt in store._failed_prompts(old.id):
+            if not seen:
+                store.delete_batch(old.id)
+            seen.append(str(prompt))
+            yield str(prompt)
+
+    seen: list[str] = []
+    with pytest.raises(NotFound):
+        store.create_batch(read(), GenerationConfig(), model="m")
+    assert count(store, batches) == count(store, prompts) == 0
+
+
 def test_failed_prompts_are_retried_as_a_batch_of_their_own(store: Store) -> None:
     config = GenerationConfig(max_new_tokens=9)
     old = submit(store, 700, chunk_size=256, refused=[3], priority=4, metadata={"a": "b"}, gen_config=config)
