@@ -157,9 +157,7 @@ def _engine() -> Iterator[Finding]:
 
 
 def _redis() -> Finding:
-    import redis
-
-    from headrace.cli.up import hide_password
+    from headrace.cli.up import hide_password, redis_trouble
     from headrace.process import StackError
     from headrace.settings import get_settings
     from headrace.stack import find_redis
@@ -167,11 +165,8 @@ def _redis() -> Finding:
     if options.is_set("HEADRACE_REDIS_URL"):
         url = get_settings().redis_url
         shown = hide_password(url)
-        try:
-            with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
-                client.ping()
-        except (redis.RedisError, OSError, ValueError) as error:
-            return Finding("Redis", "missing", f"{shown} does not answer (HEADRACE_REDIS_URL): {error}")
+        if trouble := redis_trouble(url):
+            return Finding("Redis", "missing", f"{shown} does not answer (HEADRACE_REDIS_URL): {trouble}")
         return Finding("Redis", "ok", f"{shown} answers (HEADRACE_REDIS_URL)")
     try:
         return Finding("Redis", "ok", f"{find_redis()}, started by `headrace up`")

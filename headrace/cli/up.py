@@ -89,6 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
     console.say(
         f"Redis   {hide_password(urls.redis)}\nSQL     {hide_password(urls.database)}\nlogs    {arguments.state_dir}/logs\nCtrl-C stops all of it."
     )
+    if trouble := redis_trouble(urls.redis):
+        console.say(
+            f"Redis does not answer ({trouble}): batches are stored and wait until it does; check --redis-url (or HEADRACE_REDIS_URL)"
+        )
     try:
         stack.supervise(console.say)
     finally:
@@ -130,6 +134,18 @@ def spinner() -> Iterator[Steps]:
         yield steps
     finally:
         steps.stop()
+
+
+def redis_trouble(url: str) -> str | None:
+    """Return why Redis doesn't answer, asked with the URL's password; None when it does."""
+    import redis
+
+    try:
+        with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
+            client.ping()
+    except (redis.RedisError, OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def hide_password(url: str) -> str:

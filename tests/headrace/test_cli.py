@@ -17,7 +17,7 @@ from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.cli import console, main, parser
 from headrace.cli.batches import exit_code, refuse_bad_rows, write_results
 from headrace.cli.options import read_object, server_url
-from headrace.cli.up import hide_password
+from headrace.cli.up import hide_password, redis_trouble
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig
 from headrace.dataset import read_rows
@@ -177,6 +177,8 @@ def test_doctor_asks_redis_with_its_password_and_does_not_show_it(
             shown = capsys.readouterr().out
             assert {found["name"]: found["state"] for found in json.loads(shown)}["Redis"] == state
             assert "hidden" not in shown
+            trouble = redis_trouble(f"redis://:{password}@127.0.0.1:{port}/0")
+            assert (trouble is None) == (state == "ok")
     finally:
         server.kill()
         server.wait()
