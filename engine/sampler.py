@@ -31,6 +31,9 @@ from kernels.sampling import (
     token_logprobs,
 )
 
+_LEAST_TEMPERATURE = 1e-30
+"""A smaller one makes float32 infinities of many logits, which are then equally likely; this one draws the best token already."""
+
 
 class Sampled(NamedTuple):
     """A step's tokens on the device, one for each row that samples."""
@@ -125,7 +128,8 @@ class Sampler:
             config = one.request.config
             self._wishes[one.slot] = _wishes(one.request, self._vocab_size)
             # Greedy rows divide by 1: a temperature of 0 would make NaNs that nobody reads but everybody finds.
-            reals.append((1.0 if config.is_greedy else config.temperature, config.top_p, config.min_p))
+            temperature = 1.0 if config.is_greedy else max(config.temperature, _LEAST_TEMPERATURE)
+            reals.append((temperature, config.top_p, config.min_p))
             wholes.append(
                 (_signed(one.request.seed), min(config.top_k, self._vocab_size), one.request.choice, int(config.is_greedy))
             )

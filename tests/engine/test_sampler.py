@@ -63,6 +63,14 @@ def banned(**fields: Any) -> set[int]:
     return set((edited_logits(torch.zeros(VOCAB), **fields) == -math.inf).nonzero().flatten().tolist())
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_the_lower_the_temperature_the_nearer_to_greedy(executor: LocalExecutor, temperature: float) -> None:
+    prompt = [9, 8, 7, 6]
+    cold = [request(prompt, top_k=0, temperature=temperature, seed=seed) for seed in range(4)]
+    (greedy, *others), _ = generate(executor, [request(prompt), *cold], steps=6, block_size=64)
+    assert all(one == greedy for one in others)
+
+
 def test_bans() -> None:
     assert banned(bad_sequences=((5,), (6,), (4000,))) == {5, 6}
     # The history ends in 9, 3, 12.
