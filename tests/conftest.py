@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+from headrace.log import ROOMS
 
 if TYPE_CHECKING:
     from servers import PostgresServer, RedisServer
@@ -84,3 +87,13 @@ def store(store_url: str) -> Iterator[Store]:
 
     with Store(store_url, create=True) as store:
         yield store
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logging() -> None:
+    """Undo what `pipeline()` and the commands set before: at level ERROR this test would see no warning."""
+    for room in ROOMS:
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.NOTSET)
+        logger.handlers.clear()
+        logger.propagate = True

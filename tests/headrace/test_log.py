@@ -5,26 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from headrace.errors import InvalidRequest
-from headrace.log import ROOMS, configure
-
-
-@pytest.fixture(autouse=True)
-def _undo() -> Iterator[None]:
-    before = {
-        room: (logging.getLogger(room).level, list(logging.getLogger(room).handlers), logging.getLogger(room).propagate)
-        for room in ROOMS
-    }
-    yield
-    for room, (level, handlers, propagate) in before.items():
-        logger = logging.getLogger(room)
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
-        logger.propagate = propagate
+from headrace.log import configure
 
 
 def test_json_records() -> None:
