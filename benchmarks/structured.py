@@ -166,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     row = measure(arguments)
     git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603  # git, with words of our own
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
     row |= {
         "device": device,

@@ -90,7 +90,7 @@ def _settings() -> Finding:
 
 
 def _torch() -> Iterator[Finding]:
-    probe = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, check=False)  # noqa: S603
+    probe = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, check=False)  # noqa: S603  # our own interpreter and code
     if probe.returncode:
         last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         yield Finding("torch", "missing", f"{last}. Install this project's dependencies: ./dev setup")
