@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device import DEVICE
 from tiny_models import save_tiny_model
 
 from engine.async_engine import AsyncEngine
@@ -39,12 +40,12 @@ def test_nan_logits(tmp_path: Path) -> None:
 
     path = save_tiny_model(tmp_path)
     weights = load_file(path / "model.safetensors")
-    with pipeline(str(path), backend_config=PytorchEngineConfig(device="cpu", num_gpu_blocks=64)) as healthy:
+    with pipeline(str(path), backend_config=PytorchEngineConfig(device=DEVICE, num_gpu_blocks=64)) as healthy:
         token = healthy.frontend.tokenizer.encode_chat("\x07")[0]
         expected = healthy("water", GenerationConfig(max_new_tokens=8, bad_token_ids=(token,)))
     weights["model.embed_tokens.weight"][token] = torch.nan
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    with pipeline(str(path), backend_config=PytorchEngineConfig(device="cpu", num_gpu_blocks=64)) as pipe:
+    with pipeline(str(path), backend_config=PytorchEngineConfig(device=DEVICE, num_gpu_blocks=64)) as pipe:
         answers: Any = pipe(["water", "ring the \x07", "water"], GenerationConfig(max_new_tokens=8, bad_token_ids=(token,)))
     assert [answer.error_code for answer in answers] == [None, "numerical_error", None]
     assert answers[0].text == answers[2].text == expected.text  # type: ignore[union-attr]

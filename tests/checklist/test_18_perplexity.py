@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from device import DEVICE
 
 from engine.async_engine import AsyncEngine
 from headrace import PytorchEngineConfig, pipeline
@@ -32,7 +33,7 @@ def test_cached_or_not(pipe: AsyncEngine, expected: list[float]) -> None:
 
 def test_in_chunks_without_a_cache(tiny_model_dir: Path, expected: list[float]) -> None:
     config = PytorchEngineConfig(
-        device="cpu", num_gpu_blocks=32, block_size=16, max_batch_size=2, max_prefill_token_num=13, enable_prefix_caching=False
+        device=DEVICE, num_gpu_blocks=32, block_size=16, max_batch_size=2, max_prefill_token_num=13, enable_prefix_caching=False
     )
     with pipeline(str(tiny_model_dir), backend_config=config) as other:
         assert other.get_ppl(SEQUENCES) == pytest.approx(expected, abs=1e-4)

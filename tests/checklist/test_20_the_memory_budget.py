@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from device import DEVICE
 
 from engine import kv_cache
 from engine.async_engine import AsyncEngine
@@ -21,7 +22,7 @@ def test_the_report(pipe: AsyncEngine) -> None:
 
 def test_the_fraction_is_monotone(tiny_model_dir: Path) -> None:
     def blocks(fraction: float) -> int:
-        config = PytorchEngineConfig(device="cpu", cache_max_entry_count=fraction)
+        config = PytorchEngineConfig(device=DEVICE, cache_max_entry_count=fraction)
         return kv_cache.choose_num_blocks(resolve(tiny_model_dir, config), one_block=1 << 20, free=1 << 30)
 
     counts = [blocks(fraction) for fraction in (0.05, 0.1, 0.4, 0.8, 0.99)]
@@ -31,5 +32,5 @@ def test_the_fraction_is_monotone(tiny_model_dir: Path) -> None:
 
 def test_too_many_blocks(tiny_model_dir: Path) -> None:
     with pytest.raises(InvalidRequest, match="at most") as refused:
-        pipeline(str(tiny_model_dir), backend_config=PytorchEngineConfig(device="cpu", num_gpu_blocks=1 << 40))
+        pipeline(str(tiny_model_dir), backend_config=PytorchEngineConfig(device=DEVICE, num_gpu_blocks=1 << 40))
     assert refused.value.param == "num_gpu_blocks"

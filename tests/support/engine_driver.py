@@ -1,10 +1,12 @@
-"""Runs real models through `Engine` on the CPU, and through transformers one prompt at a time."""
+"""Runs real models through `Engine`, on the CPU unless told otherwise, and through transformers one prompt at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from device import DEVICE
 
 from engine.engine import Engine
 from engine.executor import LocalExecutor
@@ -15,8 +17,8 @@ from headrace.config import GenerationConfig, PytorchEngineConfig
 
 
 def make_engine(path: Path, **config: Any) -> Engine:
-    """An engine of `PytorchEngineConfig` fields, float32 on the CPU."""
-    options = resolve(path, PytorchEngineConfig(device="cpu", dtype="float32", **config))
+    """An engine of `PytorchEngineConfig` fields, float32."""
+    options = resolve(path, PytorchEngineConfig(device=DEVICE, dtype="float32", **config))
     return Engine(LocalExecutor(options), options, guides=Guides(options.model_path))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 
+from device import DEVICE
+
 from engine.async_engine import AsyncEngine
 from headrace import PytorchEngineConfig
 
-SMALL = PytorchEngineConfig(device="cpu", num_gpu_blocks=256, block_size=16, max_batch_size=16)
+SMALL = PytorchEngineConfig(device=DEVICE, num_gpu_blocks=256, block_size=16, max_batch_size=16)
 
 
 def assert_idle(pipe: AsyncEngine) -> None:
