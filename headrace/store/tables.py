@@ -5,6 +5,8 @@
     chunks       a range of indexes that is sent, leased, counted and finished as one
     completions  (batch_id, index): the answer or the error of a prompt; written once, whoever delivers it how often
     workers      the workers' last word
+    api_keys     who may call the API, and how much of it; a key itself is not here, only its hash
+    lanes        whose turn it is: how far each owner got at each priority of a model (see `headrace.store.turns`)
 
 Invariants, which the tests recount: a terminal batch has exactly `total` completions, one for each index; `completed` and
 `failed` of a batch and of a chunk equal what a recount of `completions` gives; `open_chunks` counts queued and leased chunks.
@@ -65,7 +67,16 @@ batches = Table(
     Column("completion_window", String(16), nullable=False),
     Column("metadata", Text, nullable=False),
     Column("priority", Integer, nullable=False),
+    # Of an owner's request it begins with the owner's id, so that nobody meets another's keys.
     Column("idempotency_key", Text, unique=True),
+    # The id of the API key that sent it; null where no key of the table did. No foreign key: keys are revoked, never deleted.
+    Column("owner", String(64)),
+    # Whose share of the workers it uses: `owner`, or '' for all that have none.
+    Column("lane", String(64), nullable=False, server_default=text("''")),
+    # How much of its lane's time it has used; the lowest is served next.
+    Column("turn", Double, nullable=False, server_default=text("0")),
+    # Prompts that were announced: they count against quotas until `total` is known.
+    _counter("reserved"),
     # SHA-256 over all that was asked for: the same key with another content is refused.
     Column("content_hash", String(64)),
     Column("status", String(16), nullable=False),
@@ -95,7 +106,15 @@ batches = Table(
     Index("ix_batches_created_at_id", "created_at", "id"),
 )
 _OPEN = text("status IN ('validating', 'in_progress', 'cancelling')")
+_RUNNING = text("status = 'in_progress'")
 Index("ix_batches_open", batches.c.expires_at, sqlite_where=_OPEN, postgresql_where=_OPEN)
+Index("ix_batches_owner_created_at_id", batches.c.owner, batches.c.created_at, batches.c.id)
+Index(
+    "ix_batches_turn",
+    *(batches.c.model, batches.c.priority, batches.c.lane, batches.c.turn, batches.c.created_at, batches.c.id),
+    sqlite_where=_RUNNING,
+    postgresql_where=_RUNNING,
+)
 
 prompts = Table(
     "prompts",
@@ -115,8 +134,7 @@ chunks = Table(
     Column("start", Integer, nullable=False),
     Column("stop", Integer, nullable=False),
     Column("model", Text, nullable=False),
-    # Copied from the batch, so that the next chunks to send are one index scan: served by ascending rank (minus the
-    # batch's priority), then by age of the batch.
+    # Minus the batch's priority. Which batch is served next is said by `batches.turn`.
     Column("rank", Integer, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("state", String(16), nullable=False),
@@ -134,16 +152,11 @@ chunks = Table(
     _counter("completion_tokens"),
     Index("uq_chunks_batch_id_number", "batch_id", "number", unique=True),
 )
-_QUEUED = text("state = 'queued'")
+_UNSENT = text("state = 'queued' AND sent_at IS NULL")
 _LEASED = text("state = 'leased'")
 _SENT = text("sent_at IS NOT NULL")
 _LIVE = text("state IN ('queued', 'leased')")
-Index(
-    "ix_chunks_queued",
-    *(chunks.c.model, chunks.c.rank, chunks.c.created_at, chunks.c.batch_id, chunks.c.number),
-    sqlite_where=_QUEUED,
-    postgresql_where=_QUEUED,
-)
+Index("ix_chunks_unsent", chunks.c.batch_id, chunks.c.number, sqlite_where=_UNSENT, postgresql_where=_UNSENT)
 Index("ix_chunks_leased", chunks.c.lease_until, sqlite_where=_LEASED, postgresql_where=_LEASED)
 Index("ix_chunks_in_flight", chunks.c.model, chunks.c.sent_at, sqlite_where=_SENT, postgresql_where=_SENT)
 Index("ix_chunks_open", chunks.c.batch_id, chunks.c.number, sqlite_where=_LIVE, postgresql_where=_LIVE)
@@ -175,4 +188,41 @@ workers = Table(
     Column("started_at", Double, nullable=False),
     Column("heartbeat_at", Double, nullable=False),
     Column("stats", Text, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", Text, nullable=False),
+    # The first characters of the key, by which its holder knows it again.
+    Column("prefix", String(16), nullable=False),
+    # SHA-256 in hex. A key is 256 random bits: nobody finds it by trying, so a slow hash would only slow down every request.
+    Column("hash", String(64), nullable=False, unique=True),
+    # 'user': its own batches and files; 'admin': everybody's.
+    Column("role", String(16), nullable=False, server_default=text("'user'")),
+    Column("created_at", Double, nullable=False),
+    Column("revoked_at", Double),
+    # Exact to a minute: it isn't worth a write for each request.
+    Column("last_used_at", Double),
+    # Null: no limit of its own.
+    Column("max_active_prompts", BigInteger),
+    Column("max_active_batches", Integer),
+    # Its share of the workers beside the others of the same priority.
+    Column("weight", Integer, nullable=False, server_default=text("1")),
+)
+
+lanes = Table(
+    "lanes",
+    metadata,
+    Column("model", Text, primary_key=True),
+    Column("priority", Integer, primary_key=True, autoincrement=False),
+    Column("lane", String(64), primary_key=True),
+    # Virtual time, in prompts by weight: where its last chunk began and ended.
+    Column("began", Double, nullable=False, server_default=text("0")),
+    Column("ended", Double, nullable=False, server_default=text("0")),
+    # The `turn` of the batch that was served last, as it was then: a new batch begins here.
+    Column("clock", Double, nullable=False, server_default=text("0")),
+    # Chunks of higher priorities that were sent while this one waited.
+    Column("passed_over", Integer, nullable=False, server_default=text("0")),
 )

@@ -66,7 +66,7 @@ def test_the_migrations_end_where_the_tables_are(store: Store) -> None:
 
 
 def test_the_comparison_can_fail(store: Store) -> None:
-    store._database.write(lambda connection: connection.execute(text("DROP INDEX ix_chunks_queued")))
+    store._database.write(lambda connection: connection.execute(text("DROP INDEX ix_chunks_unsent")))
     store._database.write(lambda connection: connection.execute(text("ALTER TABLE workers ADD COLUMN extra INTEGER")))
     assert len(differences(store._database)) == 2
 
@@ -93,6 +93,26 @@ def test_down_and_up_again(store: Store) -> None:
     batch = submit(store, 4)
     work_off(store, take(store))
     assert check(store, batch.id).status is BatchStatus.COMPLETED
+
+
+def test_rows_of_the_first_release_live_through_0002_and_back(store: Store) -> None:
+    database = store._database
+    database.change_schema(lambda connection: command.downgrade(alembic_config(connection), "0001"))
+    row = {
+        **dict.fromkeys(("model", "gen_config", "metadata", "idempotency_key"), "{}"), "endpoint": "/v1/batches",
+        "completion_window": "24h", "priority": 3, "status": "in_progress", "created_at": 1.0, "expires_at": 9e9, "updated_at": 1.0,
+    }  # fmt: skip
+    names = ", ".join(row)
+    insert = text(f"INSERT INTO batches (id, {names}) VALUES ('batch_{'0' * 32}', {', '.join(':' + name for name in row)})")
+    database.write(lambda connection: connection.execute(insert, row))
+    store.migrate()
+    old = "SELECT owner, lane, turn, reserved, priority, idempotency_key FROM batches"
+    assert tuple(database.read(lambda connection: connection.execute(text(old)).one())) == (None, "", 0.0, 0, 3, "{}")
+    assert [batch.id for batch in store.list_batches()] == [f"batch_{'0' * 32}"]
+    database.change_schema(lambda connection: command.downgrade(alembic_config(connection), "0001"))
+    assert database.read(lambda connection: connection.execute(text("SELECT priority FROM batches")).scalars().all()) == [3]
+    columns = database.read(lambda connection: {column["name"] for column in inspect(connection).get_columns("batches")})
+    assert columns.isdisjoint({"owner", "lane", "turn", "reserved"})
 
 
 def test_migrating_again_changes_nothing(store: Store) -> None:
