@@ -1,10 +1,12 @@
 """The tables. SQL is the truth about a batch; Redis only hints at what to do next.
 
     batches      one row a batch: what was asked for, where it stands, and running totals, so that progress is one row's read
-    prompts      (batch_id, index): the prompts as JSON; none for a prompt that was refused at the rim
+    prompts      (batch_id, index): the prompts as JSON; no row, or one without a body, for a prompt that was refused at the rim
     chunks       a range of indexes that is sent, leased, counted and finished as one
     completions  (batch_id, index): the answer or the error of a prompt; written once, whoever delivers it how often
     workers      the workers' last word
+    files        uploaded files, in `file_parts` of bounded size
+    ingests      how far the file of a batch that is `validating` is read, and by whom: gone when the batch is open
     api_keys     who may call the API, and how much of it; a key itself is not here, only its hash
     lanes        whose turn it is: how far each owner got at each priority of a model (see `headrace.store.turns`)
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Double, ForeignKey, Index, Integer, MetaData, String, Table, Text, text
+from sqlalchemy import BigInteger, Column, Double, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text, text
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -77,6 +79,10 @@ batches = Table(
     Column("turn", Double, nullable=False, server_default=text("0")),
     # Prompts that were announced: they count against quotas until `total` is known.
     _counter("reserved"),
+    # The file that its prompts were read from; null: they came in the request. No foreign key: a file may be deleted before its batches.
+    Column("input_file_id", String(64), index=True),
+    # How often its sender had sent the request when it was last answered: what finds it again where a reply was lost.
+    Column("resent", Integer, nullable=False, server_default=text("0")),
     # SHA-256 over all that was asked for: the same key with another content is refused.
     Column("content_hash", String(64)),
     Column("status", String(16), nullable=False),
@@ -106,14 +112,15 @@ batches = Table(
     Index("ix_batches_created_at_id", "created_at", "id"),
 )
 _OPEN = text("status IN ('validating', 'in_progress', 'cancelling')")
-_RUNNING = text("status = 'in_progress'")
+# Literals, and used as they stand by the queries that need these indexes: SQLite takes a partial index for its own words only.
+RUNNING = text("status = 'in_progress'")
 Index("ix_batches_open", batches.c.expires_at, sqlite_where=_OPEN, postgresql_where=_OPEN)
 Index("ix_batches_owner_created_at_id", batches.c.owner, batches.c.created_at, batches.c.id)
 Index(
     "ix_batches_turn",
     *(batches.c.model, batches.c.priority, batches.c.lane, batches.c.turn, batches.c.created_at, batches.c.id),
-    sqlite_where=_RUNNING,
-    postgresql_where=_RUNNING,
+    sqlite_where=RUNNING,
+    postgresql_where=RUNNING,
 )
 
 prompts = Table(
@@ -121,7 +128,12 @@ prompts = Table(
     metadata,
     Column("batch_id", String(64), ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
     Column("index", Integer, primary_key=True, autoincrement=False),
-    Column("body", Text, nullable=False),
+    # Null: refused at the rim, kept for its custom_id.
+    Column("body", Text),
+    # What its sender calls it.
+    Column("custom_id", Text),
+    # Null: the batch's.
+    Column("gen_config", Text),
 )
 
 chunks = Table(
@@ -152,11 +164,11 @@ chunks = Table(
     _counter("completion_tokens"),
     Index("uq_chunks_batch_id_number", "batch_id", "number", unique=True),
 )
-_UNSENT = text("state = 'queued' AND sent_at IS NULL")
+UNSENT = text("state = 'queued' AND sent_at IS NULL")
 _LEASED = text("state = 'leased'")
 _SENT = text("sent_at IS NOT NULL")
 _LIVE = text("state IN ('queued', 'leased')")
-Index("ix_chunks_unsent", chunks.c.batch_id, chunks.c.number, sqlite_where=_UNSENT, postgresql_where=_UNSENT)
+Index("ix_chunks_unsent", chunks.c.batch_id, chunks.c.number, sqlite_where=UNSENT, postgresql_where=UNSENT)
 Index("ix_chunks_leased", chunks.c.lease_until, sqlite_where=_LEASED, postgresql_where=_LEASED)
 Index("ix_chunks_in_flight", chunks.c.model, chunks.c.sent_at, sqlite_where=_SENT, postgresql_where=_SENT)
 Index("ix_chunks_open", chunks.c.batch_id, chunks.c.number, sqlite_where=_LIVE, postgresql_where=_LIVE)
@@ -225,4 +237,54 @@ lanes = Table(
     Column("clock", Double, nullable=False, server_default=text("0")),
     # Chunks of higher priorities that were sent while this one waited.
     Column("passed_over", Integer, nullable=False, server_default=text("0")),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(64)),
+    Column("purpose", String(32), nullable=False),
+    Column("filename", Text, nullable=False),
+    # 'uploading' until the last part is there, then 'processed'.
+    Column("state", String(16), nullable=False),
+    _counter("bytes"),
+    # Line ends: what a batch of it announces before it is read.
+    _counter("lines"),
+    Column("parts", Integer, nullable=False, server_default=text("0")),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Index("ix_files_created_at_id", "created_at", "id"),
+    Index("ix_files_owner_created_at_id", "owner", "created_at", "id"),
+)
+
+file_parts = Table(
+    "file_parts",
+    metadata,
+    Column("file_id", String(64), ForeignKey("files.id", ondelete="CASCADE"), primary_key=True),
+    # From 0; parts are cut anywhere, also inside a line or a character.
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("body", LargeBinary, nullable=False),
+)
+
+ingests = Table(
+    "ingests",
+    metadata,
+    Column("batch_id", String(64), ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
+    Column("file_id", String(64), nullable=False, index=True),
+    Column("chunk_size", Integer, nullable=False),
+    # The first byte that isn't read yet, lines read, and prompts stored; they change in the transaction that stores the prompts.
+    Column("part", Integer, nullable=False, server_default=text("0")),
+    Column("offset", Integer, nullable=False, server_default=text("0")),
+    _counter("line"),
+    _counter("rows"),
+    # What is wrong with the file as a whole; once there is something, no more prompts are stored.
+    Column("errors", Text, nullable=False, server_default=text("'[]'")),
+    # As those of a chunk: the reader's right to go on.
+    Column("epoch", Integer, nullable=False, server_default=text("0")),
+    # Claims since the last progress.
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("lease_until", Double, nullable=False, server_default=text("0")),
+    Column("created_at", Double, nullable=False),
 )
