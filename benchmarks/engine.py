@@ -25,6 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+
+_STARTED = time.perf_counter()
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -40,6 +43,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from random_model import save_random_llama_8b
+from timeline import Timeline
 from torch import Tensor
 from workloads import CHECKSUM_VOCABULARY, WORKLOADS, Job, draw_single, draw_uneven, draw_warm_up, draw_workload
 
@@ -50,6 +54,7 @@ from engine.options import resolve
 from engine.request import TokenRequest
 from headrace.config import GenerationConfig, PytorchEngineConfig
 
+IMPORTED_S = round(time.perf_counter() - _STARTED, 3)
 NEAR_TIE = 1e-3
 """Logits closer than this may change places when sums run in another order (padding, batch size)."""
 
@@ -176,7 +181,7 @@ def record(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         file.write(text + "\n")
 
 
-def make_engine(arguments: argparse.Namespace, model: Path, **fields: Any) -> tuple[Engine, LocalExecutor]:
+def make_engine(arguments: argparse.Namespace, model: Path, **fields: Any) -> tuple[Engine, LocalExecutor | Timeline]:
     given = {
         "device": arguments.device,
         "dtype": arguments.dtype,
@@ -190,7 +195,8 @@ def make_engine(arguments: argparse.Namespace, model: Path, **fields: Any) -> tu
     }
     options = resolve(model, PytorchEngineConfig(**{**given, **fields}))
     executor = LocalExecutor(options)
-    return Engine(executor, options), executor
+    timed_executor = Timeline(executor) if arguments.breakdown else executor
+    return Engine(timed_executor, options), timed_executor
 
 
 # --- the two benchmarks ------------------------------------------------------------------------------------------------------
@@ -275,11 +281,15 @@ def workloads(arguments: argparse.Namespace) -> None:
         vocab = json.loads((path / "config.json").read_text())["vocab_size"]
         run_engine(engine, [Job(tuple(token % vocab for token in first.ids), 1)], {"top_k": 1}, ())
         ready = time.perf_counter() - started
+        parts = {"import": IMPORTED_S, **executor.report()["ready_s"]}
+        parts["first_token"] = round(ready - sum(executor.report()["ready_s"].values()), 3)
         eos_ids = resolve_eos(path)
         for count, seed in ((arguments.warm, 99), (max(1, arguments.warm // 2), 100)):
             run_engine(engine, draw_warm_up(vocab, count, seed), {"top_k": 40, "temperature": 1.0, "top_p": 0.95}, eos_ids)
+        if isinstance(executor, Timeline):
+            executor.take()
         common = {"model": path.name if arguments.model else "random-llama-8b", "dtype": arguments.dtype}
-        common |= {"max_batch_size": arguments.max_batch_size, "ready_s": round(ready, 1)}
+        common |= {"max_batch_size": arguments.max_batch_size, "ready_s": round(IMPORTED_S + ready, 1), "ready_parts_s": parts}
         for name in arguments.work.split(","):
             for _ in range(arguments.repeat):
                 fields = (
@@ -287,6 +297,8 @@ def workloads(arguments: argparse.Namespace) -> None:
                     if name == "L1"
                     else run_workload(arguments, engine, name, vocab, eos_ids)
                 )
+                if isinstance(executor, Timeline):
+                    fields["breakdown"] = executor.take()
                 record(arguments, {"workload": name, **common, **fields})
         executor.close()
 
@@ -350,6 +362,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--num-blocks", type=int, default=0, help="0: as many as the memory holds")
     parser.add_argument("--session-len", type=int, default=4096)
+    parser.add_argument("--breakdown", action="store_true", help="time each step's kind by events (adds `breakdown` to a line)")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--scale", type=float, default=1.0, help="share of each workload's jobs to run")
     parser.add_argument("--repeat", type=int, default=1)

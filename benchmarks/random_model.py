@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 VOCABULARY = 128256
+_SHARD_BYTES = 1 << 30
+_THREADS = 8
+_STD = 0.02
 
 
 def save_random_llama_8b(folder: Path) -> Path:
@@ -16,13 +23,48 @@ def save_random_llama_8b(folder: Path) -> Path:
 
     config = AutoConfig.for_model(
         "llama", vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5, initializer_range=0.02,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5, initializer_range=_STD,
         bos_token_id=0, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )  # fmt: skip
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(str(folder), max_shard_size="2GB")
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.save_pretrained(str(folder))
+    shards = list(_shards({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}))
+    files = {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    # transformers' own saving does one file after the other, on one core: half a minute of a GPU that waits.
+    with ThreadPoolExecutor(_THREADS) as writers:
+        list(writers.map(lambda item: _write(folder / item[0], item[1]), files.items()))
+    index = {"metadata": {}, "weight_map": {name: file for file, shard in files.items() for name in shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Cut the tensors into files of about a gigabyte."""
+    shard: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for name, shape in shapes.items():
+        shard[name] = shape
+        size += 2 * torch.Size(shape).numel()
+        if size >= _SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def _write(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(int(file.name.split("-")[1]))
+    tensors = {}
+    for name, shape in shapes.items():
+        values = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        if len(shape) > 1:  # the norms stay ones
+            values.normal_(0.0, _STD, generator=generator)
+        tensors[name] = values.cpu()
+    save_file(tensors, str(file), metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

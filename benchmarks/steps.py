@@ -2,8 +2,10 @@
 
     python benchmarks/steps.py --model DIR [--rows 1,64,512,1024] [--context 512]
 
-Fills the engine with `rows` requests of `context` tokens, lets it reach steady decode, then profiles 16 steps. CUDA only. One JSON
-line for each row count, printed and appended to benchmarks/results/steps.jsonl.
+Fills the engine with `rows` requests of `context` tokens, lets it reach steady decode, times 200 steps by events, then profiles 16
+for the kinds of kernels. `host_exposed_us`: what passes on the GPU between a step's last operation and the next one's first.
+`gpu_busy`: the kernels' time over the steps' time without a profiler. CUDA only. One JSON line for each row count, printed and
+appended to benchmarks/results/steps.jsonl.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from timeline import Timeline
 from torch.profiler import ProfilerActivity, profile
 
 from engine.engine import Engine
@@ -39,7 +42,8 @@ KINDS = (
     ("sampling", ("sample", "_threshold", "_draw", "topk", "sort", "argmax", "amax", "ArgMax", "reduce_kernel")),
     ("copy", ("copy", "Memcpy", "Memset", "memcpy")),
 )
-STEPS = 16
+TIMED_STEPS = 200
+PROFILED_STEPS = 16
 
 
 def kind_of(name: str) -> str:
@@ -60,6 +64,7 @@ def fill(engine: Engine, *, rows: int, context: int, vocab: int, config: Generat
                 choice=0,
                 max_new_tokens=config.max_new_tokens or 1,
                 limit="max_new_tokens",
+                eos_ids=(1,),
             )
         )
     while engine.stats().running < rows:
@@ -68,16 +73,18 @@ def fill(engine: Engine, *, rows: int, context: int, vocab: int, config: Generat
         engine.step()
 
 
-def measure(engine: Engine) -> dict[str, Any]:
-    """Time steady steps, then profile as many."""
+def measure(engine: Engine, timeline: Timeline) -> dict[str, Any]:
+    """Time steady steps by events, then profile some for the kinds of kernels (a profiler makes every launch slower)."""
     torch.cuda.synchronize()
+    timeline.take()
     started = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(TIMED_STEPS):
         engine.step()
     torch.cuda.synchronize()
-    wall = (time.perf_counter() - started) / STEPS
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-        for _ in range(STEPS):
+    wall = (time.perf_counter() - started) / TIMED_STEPS
+    steady = timeline.take()["decode"]
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(PROFILED_STEPS):
             engine.step()
         torch.cuda.synchronize()
     spans = sorted(
@@ -93,13 +100,16 @@ def measure(engine: Engine) -> dict[str, Any]:
         names[name[:60]] += stop - start
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    window = spans[-1][1] - spans[0][0]
     return {
         "step_ms": round(wall * 1e3, 3),
-        "gpu_busy": round(busy / window, 4),
-        "exposed_us_per_step": round((window - busy) / STEPS, 1),
-        "us_per_step": {kind: round(total / STEPS, 1) for kind, total in kinds.most_common()},
-        "top_kernels_us": {name: round(total / STEPS, 1) for name, total in names.most_common(14)},
+        "host_exposed_us": steady["between_us"],
+        "host_launch_ms": steady["host_ms"],
+        "gpu_step_ms": steady["gpu_ms"],
+        # Of the time that steps take with no profiler: its own overhead is none of the engine's.
+        "gpu_busy": round(busy / PROFILED_STEPS / 1e6 / wall, 4),
+        "kernels_per_step": round(len(spans) / PROFILED_STEPS, 1),
+        "us_per_step": {kind: round(total / PROFILED_STEPS, 1) for kind, total in kinds.most_common()},
+        "top_kernels_us": {name: round(total / PROFILED_STEPS, 1) for name, total in names.most_common(14)},
     }
 
 
@@ -118,10 +128,11 @@ def main() -> None:
         PytorchEngineConfig(device="cuda", max_batch_size=max(arguments.rows), session_len=4096, enable_prefix_caching=False),
     )
     executor = LocalExecutor(options)
-    engine = Engine(executor, options)
+    timeline = Timeline(executor)
+    engine = Engine(timeline, options)
     vocab = json.loads((Path(arguments.model) / "config.json").read_text())["vocab_size"]
     fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40} if arguments.variant == "sample" else {"top_k": 1}
-    config = GenerationConfig(max_new_tokens=128, **fields)
+    config = GenerationConfig(max_new_tokens=8 + 8 + TIMED_STEPS + PROFILED_STEPS + 64, ignore_eos=True, **fields)
     for rows in arguments.rows:
         fill(engine, rows=rows, context=arguments.context, vocab=vocab, config=config)
         line = {
@@ -129,7 +140,7 @@ def main() -> None:
             "rows": rows,
             "context": arguments.context,
             "variant": arguments.variant,
-            **measure(engine),
+            **measure(engine, timeline),
         }
         line |= {"gpu": torch.cuda.get_device_name(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
         line |= {"commit": arguments.commit, "command": "python benchmarks/steps.py " + " ".join(sys.argv[1:])}

@@ -35,6 +35,7 @@ from engine.runner import Forward, Runner
 from engine.sampler import Sampler
 from engine.scorer import Scorer
 from engine.state_table import StateTable
+from engine.stopwatch import Stopwatch
 from engine.token_masks import TokenMasks
 
 log = logging.getLogger(__name__)
@@ -45,22 +46,30 @@ class _Rank(NamedTuple):
 
     runner: Runner
     memory: MemoryReport
+    seconds: dict[str, float]
+    """What getting ready took, part by part."""
 
 
 def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.device) -> _Rank:
     """Load this rank's weights, settle the size of the KV pool with the other ranks, and put the runner together."""
     dtype: torch.dtype = getattr(torch, options.dtype)
+    watch = Stopwatch()
     with torch.inference_mode():
         decoder = load_decoder(
             Path(options.model_path), dtype=dtype, device=device, group=group, max_positions=options.session_len + 1
         )
+        watch.lap("weights")
         memory = _measure(options, decoder, group, dtype=dtype, device=device)
+        watch.lap("profile")
         caches = kv_cache.allocate(
             decoder.spec, num_blocks=memory.num_blocks, block_size=options.block_size, dtype=dtype, device=device
         )
+        watch.lap("kv_pool")
     slots = options.max_batch_size
+    forward = _forward(options, decoder, caches)
+    watch.lap("graphs")
     runner = Runner(
-        forward=_forward(options, decoder, caches),
+        forward=forward,
         head=decoder.head,
         caches=caches,
         table=StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device),
@@ -69,9 +78,15 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     )
     log.info(
         "model loaded; the engine takes requests now",
-        extra={"event": "model_loaded", "rank": group.rank, "tp": group.size, **kv_cache.report(memory)},
+        extra={
+            "event": "model_loaded",
+            "rank": group.rank,
+            "tp": group.size,
+            "ready_s": watch.seconds,
+            **kv_cache.report(memory),
+        },
     )
-    return _Rank(runner, memory)
+    return _Rank(runner, memory, watch.seconds)
 
 
 def _forward(options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache]) -> Forward:
@@ -128,7 +143,7 @@ class LocalExecutor:
         self._device = _device_of(options, 0)
         with _device_guard(self._device):
             self._rank: _Rank | None = _make_rank(options, SingleRank(), self._device)
-        self._memory = self._rank.memory
+        self._memory, self._seconds = self._rank.memory, self._rank.seconds
 
     @property
     def num_blocks(self) -> int:
@@ -148,8 +163,8 @@ class LocalExecutor:
             self._rank.runner.choose(masks)
 
     def report(self) -> dict[str, Any]:
-        """Say where the memory goes, in bytes."""
-        return kv_cache.report(self._memory)
+        """Say where the memory goes, in bytes, and what getting ready took, in seconds."""
+        return {**kv_cache.report(self._memory), "ready_s": dict(self._seconds)}
 
     def close(self) -> None:
         """Free the weights and the KV pool."""
@@ -172,7 +187,7 @@ class TensorParallelExecutor:
             undo.callback(self._group.close)
             self._rank = _make_rank(options, self._group, self._device)
             undo.pop_all()  # nothing failed: the channel and the group stay
-        self._memory = self._rank.memory
+        self._memory, self._seconds = self._rank.memory, self._rank.seconds
 
     @property
     def num_blocks(self) -> int:
@@ -200,8 +215,8 @@ class TensorParallelExecutor:
             self._rank.runner.choose(masks)
 
     def report(self) -> dict[str, Any]:
-        """Say where rank 0's memory goes, in bytes; the other ranks' goes the same way."""
-        return kv_cache.report(self._memory)
+        """Say where rank 0's memory goes, in bytes (the other ranks' goes the same way), and what getting ready took, in seconds."""
+        return {**kv_cache.report(self._memory), "ready_s": dict(self._seconds)}
 
     def close(self) -> None:
         """End the other ranks and free this one's memory."""

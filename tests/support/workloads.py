@@ -1,6 +1,7 @@
 """The jobs that benchmarks run: lengths and token ids drawn from fixed seeds, the same for every engine that is measured.
 
-W1, W2, W3 and L1 are what other engines were measured with; checksums hold them to it.
+W1, W2, W3 and L1 are what other engines were measured with; checksums hold them to it. L (1,000 in, 1,000 out) and D (128 in,
+2,048 out) are drawn in the same way and held to checksums of their own, so that they stay the same.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ WORKLOADS = {
     "W1": Shape(1024, (64, 960), (64, 512), "25ac6a664c7e8154"),
     "W2": Shape(512, (128, 128), (512, 512), "d751bfd55cec5267"),
     "W3": Shape(256, (2048, 2048), (128, 128), "b21983e2c28486ed"),
+    "L": Shape(1000, (1000, 1000), (1000, 1000), "3961df11f52aea8d"),
+    "D": Shape(1000, (128, 128), (2048, 2048), "8f0a40caf314dc52"),
 }
 CHECKSUM_VOCABULARY = 128256
 SEED = 1234
@@ -40,7 +43,7 @@ L1_LENGTH = 512
 
 
 def draw_workload(name: str, vocab: int) -> list[Job]:
-    """Draw W1, W2 or W3: all lengths first, then the ids, so that a share of the jobs is a prefix of the whole."""
+    """Draw a workload: all lengths first, then the ids, so that a share of the jobs is a prefix of the whole."""
     shape = WORKLOADS[name]
     draw = random.Random(f"{SEED}-{name}")
     lengths = [(draw.randint(*shape.prompt), draw.randint(*shape.output)) for _ in range(shape.count)]
