@@ -86,13 +86,19 @@ class Decoder:
         x_TD = rms_norm(residual_TD, self.layers[0].input_norm_D, eps)
         following = [layer.input_norm_D for layer in self.layers[1:]] + [self.norm_D]
         for layer, cache, next_norm_D in zip(self.layers, caches, following, strict=True):
-            x_TD = self._attend(layer, cache, x_TD, inputs)
-            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, layer.mlp_norm_D, eps)
+            out_TE = self._attend(layer, cache, x_TD, inputs)
+            if layer is self.layers[-1] and inputs.sampled_R is not None:
+                # Behind the last keys and values only what reaches the head counts: of a prompt one token in thousands.
+                out_TE, residual_TD = out_TE.index_select(0, inputs.sampled_R), residual_TD.index_select(0, inputs.sampled_R)
+                if not len(inputs.sampled_R):
+                    return residual_TD
+            x_TD, residual_TD = add_rms_norm(layer.output(out_TE), residual_TD, layer.mlp_norm_D, eps)
             x_TD = layer.down(silu_mul(layer.gate_up(x_TD)))
             x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
-        return x_TD if inputs.sampled_R is None else x_TD.index_select(0, inputs.sampled_R)
+        return x_TD
 
     def _attend(self, layer: Layer, cache: LayerCache, x_TD: Tensor, inputs: StepInputs) -> Tensor:
+        """Write the step's keys and values and give the heads' outputs side by side, [T, N · H]."""
         spec = self.spec
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         qkv_TLH = layer.qkv(x_TD).view(x_TD.shape[0], heads + 2 * kv_heads, spec.head_dim)
@@ -113,4 +119,4 @@ class Decoder:
         out_TNH = paged_attention(
             q_TNH, cache.k_BKSH, cache.v_BKSH, inputs.attention, scale=spec.head_dim**-0.5, sliding_window=layer.window
         )
-        return layer.output(out_TNH.flatten(1))
+        return out_TNH.flatten(1)
