@@ -22,6 +22,7 @@ from celery import Celery
 from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as BrokerError
 
+from headrace.crash import crash_point
 from headrace.errors import NotFound, QueueUnavailable
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def _send(store: Store, broker: Broker, model: str, *, limit: int, grace_s: floa
         asked = min(limit - sent, SEND_GROUP)
         refs = store.next_chunks(model=model, limit=asked, grace_s=grace_s)
         for place, ref in enumerate(refs):
+            crash_point("before_send")
             try:
                 broker.enqueue(store.chunk_message(ref))
             except NotFound:  # its batch was deleted meanwhile

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from headrace.crash import check_crash_at
 from headrace.errors import InvalidRequest
 from headrace.log import check_level
 
@@ -74,6 +75,8 @@ class Settings:
     @property
     def served_models(self) -> tuple[str, ...]:
         """The models that the API accepts."""
+    crash_at: str = ""
+    """For tests: a point of `headrace.crash` at which a worker kills itself."""
         return tuple(name.strip() for name in self.models.split(",") if name.strip()) or (self.model,)
 
     @classmethod
@@ -117,6 +120,7 @@ class Settings:
         """Return the variables from which `from_environ` reads these settings in a child process."""
         return {f"HEADRACE_{spec.name.upper()}": str(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
 
+        check_crash_at(self.crash_at)
 
 def check_redis_url(url: str, *, name: str) -> None:
     """Raise `InvalidRequest` naming the setting or option `name` unless `url` is redis://… or rediss://… (its password isn't shown)."""

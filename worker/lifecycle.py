@@ -15,6 +15,7 @@ from celery import Celery, bootsteps, signals
 from celery.worker import state as celery_state
 
 from headrace.broker import Broker
+from headrace.crash import arm
 from headrace.errors import HeadraceError
 from headrace.settings import Settings
 from headrace.store import Store
@@ -104,6 +105,7 @@ class EngineStep(bootsteps.StartStopStep):
 
 def bring_up(settings: Settings, app: Celery, *, name: str) -> Runtime:
     """Open the store, load the model and start the threads. Raise the `HeadraceError` that makes it impossible."""
+    arm(settings.crash_at)
     store = Store(settings.database_url)
     ride_out(store.check_schema, what="the start of this worker")
     log.info("loading %s", settings.model, extra={"event": "model_loading", "model": settings.model})

@@ -15,6 +15,7 @@ from celery.exceptions import Reject
 
 from headrace.broker import TASK_GENERATE, TASK_RECONCILE, describe
 from headrace.config import Prompt
+from headrace.crash import crash_point
 from headrace.errors import InvalidRequest
 from headrace.store import ChunkMessage, Claim
 from worker.outage import HEALS, ride_out
@@ -75,9 +76,10 @@ def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:
         claim = _claim(work, message)
         if claim is None:
             return _skip(message)
+        crash_point("after_claim")
         prompts = _pending(work, claim, message)
         with work.recorder.open(claim, owed=len(prompts)) as ledger:
-            with work.host.submit(prompts, message.gen_config, ledger, batch_id=claim.batch_id):
+            with work.host.submit(prompts, message, ledger):
                 verdict = _follow(ledger, report)
             _close(work, ledger, verdict)
     work.refill()
@@ -119,9 +121,11 @@ def _close(work: Runtime, ledger: Ledger, verdict: Verdict) -> None:
         assert ledger.error is not None
         raise ledger.error
     if verdict is Verdict.RECORDED:
+        crash_point("after_flush_before_ack")
         ride_out(
             lambda: work.store.finish_chunk(claim), what=f"the end of chunk {claim.chunk_id}", give_up=work.draining.is_set
         )
+        crash_point("before_ack")
     elif verdict in (Verdict.ENGINE_LOST, Verdict.DRAINED):
         if not ledger.wait_written(WRITE_PATIENCE_S):
             log.warning(

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Row, and_, func, literal, or_, select, update
 
 from headrace.batch import BatchStatus, sources
 from headrace.completion import CompletionError
+from headrace.crash import crash_point
 from headrace.store.session import insert_new
 from headrace.store.tables import batches, chunks, completions, now, prompts
 from headrace.store.values import ChunkState, encode_answer
@@ -62,6 +63,7 @@ def settle(connection: Connection, batch_id: str) -> None:
     assert row.completed + row.failed == row.total, (
         f"{batch_id}: {row.completed} + {row.failed} rows of {row.total} in a closed batch"
     )
+    crash_point("mid_finalize")
     if row.status == BatchStatus.CANCELLING:
         advance(connection, batch_id, BatchStatus.CANCELLED)
     elif row.expiring_at is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Table, select, update
 
 from headrace.completion import Completion, TokenUsage
+from headrace.crash import crash_point
 from headrace.store import chunks as chunk_queries
 from headrace.store.lifecycle import close_chunks, is_stopping
 from headrace.store.session import insert_new
@@ -98,6 +99,7 @@ def insert_rows(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> se
 
 def record(connection: Connection, entries: Sequence[Entry]) -> list[RecordResult]:
     """Write the completions of several claims; a claim that is void takes nothing from the others. Results in `entries` order."""
+    crash_point("before_flush")
     held = chunk_queries.lock(connection, [claimed.chunk_id for claimed, _ in entries])
     verdicts = {claimed: _judge(held, claimed) for claimed, _ in entries}
     rows: dict[tuple[str, int], tuple[Claim, dict[str, Any]]] = {}
@@ -110,6 +112,7 @@ def record(connection: Connection, entries: Sequence[Entry]) -> list[RecordResul
     for key in insert_rows(connection, [row for _, row in rows.values()]):
         claimed, row = rows[key]
         tallies[claimed].add(row)
+    crash_point("mid_flush")
     _count(connection, tallies)
     _move_on(connection, held, verdicts)
     return [
