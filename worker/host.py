@@ -23,6 +23,7 @@ from worker.recorder import Ledger, Verdict
 
 if TYPE_CHECKING:
     from headrace.settings import Settings
+    from headrace.store import ChunkMessage
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,13 @@ class EngineFrontend(Protocol):
         on_done: Callable[[Completion], None],
         *,
         index: int = 0,
+        do_preprocess: bool = True,
         seed_key: str | None = None,
     ) -> int:
-        """Take one prompt and return its handle; `on_done` is called once, from another thread or from this one."""
+        """Take one prompt and return its handle; `on_done` is called once, from another thread or from this one.
+
+        `do_preprocess=False` continues a text as it is, without a chat template.
+        """
         ...
 
     def abort(self, handle: int) -> None:
@@ -103,9 +108,11 @@ class Submission:
         self._handles: dict[int, int] = {}
         self._done: set[int] = set()
 
-    def add(self, index: int, prompt: Prompt, config: GenerationConfig, *, seed_key: str) -> None:
+    def add(self, index: int, prompt: Prompt, config: GenerationConfig, *, seed_key: str, is_raw: bool = False) -> None:
         """Submit one prompt; its completion goes to the ledger."""
-        self._handles[index] = self._host.frontend.submit(prompt, config, self._take, index=index, seed_key=seed_key)
+        self._handles[index] = self._host.frontend.submit(
+            prompt, config, self._take, index=index, do_preprocess=not is_raw, seed_key=seed_key
+        )
 
     def _take(self, completion: Completion) -> None:
         self._done.add(completion.index)
@@ -150,10 +157,8 @@ class EngineHost:
             self.given_up = event.message
 
     @contextmanager
-    def submit(
-        self, prompts: Iterable[tuple[int, Prompt]], config: GenerationConfig, ledger: Ledger, *, batch_id: str
-    ) -> Iterator[Submission]:
-        """Submit (index, prompt) pairs; whatever ends the block, nothing of it stays behind in the engine."""
+    def submit(self, prompts: Iterable[tuple[int, Prompt]], message: ChunkMessage, ledger: Ledger) -> Iterator[Submission]:
+        """Submit (index, prompt) pairs of a chunk; whatever ends the block, nothing of it stays behind in the engine."""
         submission = Submission(self, ledger)
         try:
             for index, prompt in prompts:
@@ -161,7 +166,8 @@ class EngineHost:
                     break
                 self._count(inside=1)
                 # The key makes a prompt that is computed a second time, after a crash, repeat its text.
-                submission.add(index, prompt, config, seed_key=f"{batch_id}:{index}")
+                key = f"{message.batch_id}:{index}"
+                submission.add(index, prompt, message.config_of(index), seed_key=key, is_raw=message.is_raw)
             yield submission
         finally:
             submission.abort_rest()

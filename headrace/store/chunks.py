@@ -19,7 +19,7 @@ from headrace.config import GenerationConfig
 from headrace.errors import NotFound
 from headrace.store.lifecycle import close_chunks, count_rows, is_stopping, settle
 from headrace.store.tables import batches, chunks, completions, now, prompts
-from headrace.store.values import ChunkMessage, ChunkRef, ChunkState, Claim, PendingPrompt
+from headrace.store.values import RAW_ENDPOINT, ChunkMessage, ChunkRef, ChunkState, Claim, PendingPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +119,21 @@ def count_in_flight(connection: Connection, *, model: str, grace_s: float | None
 
 def message(connection: Connection, ref: ChunkRef) -> ChunkMessage:
     """Return what a worker needs for a chunk; raise `NotFound` when the batch is gone."""
-    config = connection.execute(select(batches.c.gen_config).where(batches.c.id == ref.batch_id)).scalar()
-    if config is None:
+    batch = connection.execute(select(batches.c.gen_config, batches.c.endpoint).where(batches.c.id == ref.batch_id)).first()
+    if batch is None:
         raise NotFound(f"no batch {ref.batch_id}")
     rows = connection.execute(
-        select(prompts.c.index, prompts.c.body).where(_in_range(prompts.c, ref.batch_id, ref.start, ref.stop))
+        select(prompts.c.index, prompts.c.body, prompts.c.gen_config).where(
+            _in_range(prompts.c, ref.batch_id, ref.start, ref.stop), prompts.c.body.is_not(None)
+        )
     ).all()
-    bodies = {index: json.loads(body) for index, body in rows}
+    bodies = {index: json.loads(body) for index, body, _ in rows}
     return ChunkMessage(
         batch_id=ref.batch_id, chunk_id=ref.chunk_id, number=ref.number, of=ref.of, start=ref.start, stop=ref.stop, model=ref.model,
-        gen_config=GenerationConfig.from_dict(json.loads(config)),
+        gen_config=GenerationConfig.from_dict(json.loads(batch.gen_config)),
         prompts=tuple(bodies.get(index) for index in range(ref.start, ref.stop)),
+        own_configs={index: GenerationConfig.from_dict(json.loads(config)) for index, _, config in rows if config is not None},
+        is_raw=batch.endpoint == RAW_ENDPOINT,
     )  # fmt: skip
 
 

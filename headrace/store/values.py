@@ -17,6 +17,8 @@ from headrace.config import GenerationConfig, Prompt
 from headrace.errors import InvalidRequest
 
 MESSAGE_VERSION: Final = 1
+RAW_ENDPOINT: Final = "/v1/completions"
+"""Texts of a batch for this endpoint are continued as they are, without a chat template."""
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _CHOICE_FIELDS = tuple(spec.name for spec in fields(Choice))
@@ -69,11 +71,24 @@ class ChunkMessage:
     model: str
     gen_config: GenerationConfig
     prompts: tuple[Prompt | None, ...]
+    own_configs: Mapping[int, GenerationConfig] = field(default_factory=dict)
+    """By index, the configs of the prompts that have one of their own."""
+    is_raw: bool = False
+    """Whether texts are continued as they are, without a chat template."""
+
+    def config_of(self, index: int) -> GenerationConfig:
+        """Return how the prompt at `index` is continued."""
+        return self.own_configs.get(index, self.gen_config)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form."""
         data = {spec.name: getattr(self, spec.name) for spec in fields(self)}
-        return {**data, "gen_config": self.gen_config.to_dict(), "prompts": list(self.prompts)}
+        data |= {"gen_config": self.gen_config.to_dict(), "prompts": list(self.prompts)}
+        # Left out where they say nothing: a worker of the release before reads the message then, and else leaves it to another.
+        del data["own_configs"], data["is_raw"]
+        if self.own_configs:
+            data["own_configs"] = {str(index): config.to_dict() for index, config in self.own_configs.items()}
+        return {**data, "is_raw": True} if self.is_raw else data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -82,7 +97,9 @@ class ChunkMessage:
             raise InvalidRequest(
                 f"chunk message version {data.get('version')!r} is not {MESSAGE_VERSION}: run the same release everywhere"
             )
-        return cls(**{**data, "gen_config": GenerationConfig.from_dict(data["gen_config"]), "prompts": tuple(data["prompts"])})
+        own = {int(index): GenerationConfig.from_dict(config) for index, config in data.get("own_configs", {}).items()}
+        config = GenerationConfig.from_dict(data["gen_config"])
+        return cls(**{**data, "gen_config": config, "own_configs": own, "prompts": tuple(data["prompts"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +126,18 @@ class PendingPrompt:
 
     index: int
     prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One element of a batch that is more than its prompt."""
+
+    prompt: Prompt | CompletionError
+    """The prompt, or why it can't be answered."""
+    gen_config: GenerationConfig | None = None
+    """None: the batch's."""
+    custom_id: str | None = None
+    """What its sender calls it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,8 @@
 `ECHO_PAUSE_S` (default 0) is the pause of each prompt; all prompts pause at the same time. `ECHO_LOAD_S`: how long it takes to load.
 `ECHO_ANSWERS`: after so many answers it ends for good. `ECHO_TALLY`: a file that gets an 's' for each prompt started and an 'a' for
 each one answered, whoever kills the process. `ECHO_DIES_ON_SIGUSR2`: when set, that signal ends it for good. A prompt that holds 'REFUSE' fails with `invalid_request`; the usage of a
-text is its number of words.
+text is its number of words. An answer has at most `max_new_tokens` words of the prompt; it says 'raw' in place of 'echo' to a text that is to
+be continued without a template.
 """
 
 from __future__ import annotations
@@ -22,15 +23,24 @@ from headrace.config import EngineConfig, GenerationConfig, Prompt
 from headrace.errors import EngineError, ModelLoadError, RequestAborted
 
 
-def answer(prompt: Prompt, *, index: int, seed_key: str | None = None) -> Completion:
+def answer(prompt: Prompt, *, index: int, most: int | None = None, verb: str = "echo") -> Completion:
     """Return what the echo engine says to a prompt."""
     text = prompt if isinstance(prompt, str) else " / ".join(message["content"] for message in prompt)
     if "REFUSE" in text:
         return Completion(index=index, error=CompletionError(code="invalid_request", message="this prompt asks to be refused"))
     words = text.split()
-    choice = Choice(index=0, text=f"echo {text}", token_ids=tuple(range(len(words))), finish_reason="stop", stop_detail="eos")
+    said = words[:most]
+    if len(said) < len(words):
+        text = " ".join(said)
+    choice = Choice(
+        index=0,
+        text=f"{verb} {text}",
+        token_ids=tuple(range(len(said))),
+        finish_reason="stop" if len(said) == len(words) else "length",
+        stop_detail="eos" if len(said) == len(words) else "max_new_tokens",
+    )
     return Completion(
-        index=index, choices=(choice,), usage=TokenUsage(prompt_tokens=len(words), completion_tokens=len(words)), run_ms=1.0
+        index=index, choices=(choice,), usage=TokenUsage(prompt_tokens=len(words), completion_tokens=len(said)), run_ms=1.0
     )
 
 
@@ -66,7 +76,7 @@ class EchoFrontend:
         self._handles = itertools.count()
         self._changed = threading.Condition()
         self._due: list[tuple[float, int]] = []
-        self._open: dict[int, tuple[Prompt, int, Callable[[Completion], None]]] = {}
+        self._open: dict[int, tuple[Completion, int, Callable[[Completion], None]]] = {}
         self._held = False
         self._alive = True
         self._steps = 0
@@ -84,6 +94,7 @@ class EchoFrontend:
         on_done: Callable[[Completion], None],
         *,
         index: int = 0,
+        do_preprocess: bool = True,
         seed_key: str | None = None,
     ) -> int:
         assert isinstance(gen_config, GenerationConfig)
@@ -91,7 +102,9 @@ class EchoFrontend:
             handle = next(self._handles)
             self.seen.append((index, prompt))
             self.seed_keys.append(seed_key)
-            self._open[handle] = (prompt, index, on_done)
+            verb = "echo" if do_preprocess else "raw"
+            said = answer(prompt, index=index, most=gen_config.max_new_tokens, verb=verb)
+            self._open[handle] = (said, index, on_done)
             heapq.heappush(self._due, (time.monotonic() + self.pause_s, handle))
             self._changed.notify()
         self._note(b"s")
@@ -151,6 +164,6 @@ class EchoFrontend:
                     return
                 self._answers_left -= 1
                 self._steps += 1
-                prompt, index, on_done = entry
+                said, _, on_done = entry
                 self._note(b"a")
-                on_done(answer(prompt, index=index))
+                on_done(said)
