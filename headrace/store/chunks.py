@@ -17,8 +17,9 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, or_, 
 from headrace.batch import BatchStatus
 from headrace.config import GenerationConfig
 from headrace.errors import NotFound
+from headrace.store import turns
 from headrace.store.lifecycle import close_chunks, count_rows, is_stopping, settle
-from headrace.store.tables import batches, chunks, completions, now, prompts
+from headrace.store.tables import LEASED, RUNNING, batches, chunks, completions, now, prompts
 from headrace.store.values import RAW_ENDPOINT, ChunkMessage, ChunkRef, ChunkState, Claim, PendingPrompt
 
 
@@ -51,7 +52,7 @@ def lock(connection: Connection, chunk_ids: Collection[str]) -> Held:
 
 def requeue_lapsed(connection: Connection, *, model: str | None = None) -> int:
     """Put chunks whose lease ran out back to the queue; return how many. Their attempt stays counted."""
-    lapsed = select(chunks.c.id).where(chunks.c.state == ChunkState.LEASED, chunks.c.lease_until < now())
+    lapsed = select(chunks.c.id).where(LEASED, chunks.c.lease_until < now())
     return _requeue(connection, lapsed if model is None else lapsed.where(chunks.c.model == model))
 
 
@@ -68,22 +69,45 @@ def _requeue(connection: Connection, ids: Any) -> int:
     return connection.execute(update(chunks).where(chunks.c.id.in_(picked)).values(values)).rowcount
 
 
+def has_lapsed(connection: Connection, *, model: str) -> bool:
+    """Whether a lease on one of the model's chunks ran out."""
+    lapsed = exists().where(chunks.c.model == model, LEASED, chunks.c.lease_until < now())
+    return bool(connection.execute(select(lapsed)).scalar())
+
+
 def next_refs(connection: Connection, *, model: str, limit: int, grace_s: float) -> list[ChunkRef]:
-    """Pick the chunks to send now and mark them as sent."""
-    requeue_lapsed(connection, model=model)
-    runs = exists().where(
-        batches.c.id == chunks.c.batch_id, batches.c.status == BatchStatus.IN_PROGRESS, batches.c.expiring_at.is_(None)
-    )
-    picked = (
+    """Pick the chunks to send now and mark them as sent: first what was lost, then what was never sent, by turns."""
+    lost = (
         select(chunks.c.id)
-        .where(chunks.c.model == model, chunks.c.state == ChunkState.QUEUED, runs)
-        .where(or_(chunks.c.sent_at.is_(None), chunks.c.sent_at < now() - grace_s))
-        .order_by(chunks.c.rank, chunks.c.created_at, chunks.c.batch_id, chunks.c.number)
+        .where(chunks.c.model == model, chunks.c.state == ChunkState.QUEUED, chunks.c.sent_at < now() - grace_s, _runs())
+        .order_by(chunks.c.rank, chunks.c.sent_at, chunks.c.id)
         .limit(limit)
-        .with_for_update(skip_locked=True, of=chunks)
     )
-    rows = connection.execute(update(chunks).where(chunks.c.id.in_(picked)).values(sent_at=now()).returning(chunks)).all()
-    return [_ref(row) for row in sorted(rows, key=lambda row: (row.rank, row.created_at, row.batch_id, row.number))]
+    found = list(connection.execute(lost).scalars())
+    fresh: list[ChunkRef] = []
+    if len(found) < limit:
+        fresh = _mark(connection, turns.pick(connection, model=model, limit=limit - len(found)))
+    if not found:
+        return fresh
+    # Locked last: `pick` waits for batches, and whoever holds one may be waiting for a chunk of it.
+    free = select(chunks.c.id).where(chunks.c.id.in_(found), chunks.c.sent_at < now() - grace_s)
+    locked = set(connection.execute(free.with_for_update(skip_locked=True)).scalars())
+    return [*_mark(connection, [chunk_id for chunk_id in found if chunk_id in locked]), *fresh]
+
+
+def _runs() -> ColumnElement[bool]:
+    # Not EXISTS: PostgreSQL may turn that into a join that begins with every running batch.
+    of_chunk = select(batches.c.id).where(batches.c.id == chunks.c.batch_id, RUNNING, batches.c.expiring_at.is_(None))
+    return of_chunk.scalar_subquery().is_not(None)
+
+
+def _mark(connection: Connection, ids: Sequence[str]) -> list[ChunkRef]:
+    """Mark chunks as sent and return them in the order of `ids`; one that was cancelled since it was picked is left out."""
+    if not ids:
+        return []
+    marked = update(chunks).where(chunks.c.id.in_(ids), chunks.c.state == ChunkState.QUEUED).values(sent_at=now())
+    rows = {row.id: row for row in connection.execute(marked.returning(chunks))}
+    return [_ref(rows[chunk_id]) for chunk_id in ids if chunk_id in rows]
 
 
 def _ref(row: Row[Any]) -> ChunkRef:

@@ -19,7 +19,7 @@ from headrace.batch import Batch, BatchStatus
 from headrace.completion import Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, NotFound
-from headrace.store import batches, chunks, creation, lifecycle, results, schema, workers
+from headrace.store import batches, chunks, creation, lifecycle, results, schema, turns, workers
 from headrace.store.session import Database
 from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
 
@@ -177,12 +177,13 @@ class Store:
 
     def _close(self, batch_id: str) -> None:
         while self._database.write(lambda connection: lifecycle.close_slice(connection, batch_id)):
+        self._database.write(turns.forget_idle)
             pass
 
     # Chunks
 
     def next_chunks(self, *, model: str, limit: int, grace_s: float) -> list[ChunkRef]:
-        """Return up to `limit` chunks to send now and mark them as sent: by priority, then by age of the batch.
+        """Return up to `limit` chunks to send now and mark them as sent: by priority, within a priority by turns.
 
         A chunk that was sent more than `grace_s` seconds ago and not claimed, and one whose lease ran out, is sent again.
         """
@@ -195,6 +196,9 @@ class Store:
         self._database.write(lambda connection: chunks.unsend(connection, [ref.chunk_id for ref in refs]))
 
     def requeue_lost(self, *, grace_s: float, model: str | None = None) -> int:
+        # In a transaction of its own: it holds chunks, and the next one waits for batches.
+        if self._database.read(lambda connection: chunks.has_lapsed(connection, model=model)):
+            self._database.write(lambda connection: chunks.requeue_lapsed(connection, model=model))
         """Put lost chunks back to those that were never sent; return how many.
 
         Lost: sent but not claimed for `grace_s` seconds, or with a lease that ran out.
