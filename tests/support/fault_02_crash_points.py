@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+from collections import Counter
+from collections.abc import Sequence
 
 from fault_ground import Say, ground, texts
 
@@ -15,26 +17,29 @@ SHORT = ("before_flush", "after_flush_before_ack", "mid_finalize")
 
 
 def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
-    """Let 20 workers in a row die at each point, with a new batch before each; then a sound worker ends them all."""
-    counts: dict[str, int | float] = {"rows": 0, "lost": 0, "doubled": 0, "failed": 0, "deaths": 0}
+    """Let 20 workers in a row die at each point, with a new batch before each; then a sound worker ends all the batches."""
     draw = random.Random(seed)
-    for point in CRASH_POINTS if long else SHORT:
-        for name, value in die_at(point, 20 if long else 1, draw, say).items():
-            counts[name] = counts.get(name, 0) + value
-    return counts
+    if not long:
+        return die([[f"{point}:1" for point in SHORT]], say)
+    total: Counter[str] = Counter()
+    for point in CRASH_POINTS:
+        passages = [1 if point == "mid_finalize" else draw.randrange(1, 4) for _ in range(20)]
+        total.update(die([[f"{point}:{passage}"] for passage in passages], say))
+    return dict(total)
 
 
-def die_at(point: str, times: int, draw: random.Random, say: Say) -> dict[str, int]:
-    """Let so many workers die at one point, at a passage of their own each; return the counts once all is healed."""
+def die(rounds: Sequence[Sequence[str]], say: Say) -> dict[str, int | float]:
+    """Let the workers of each round die at their points, side by side; return the counts once all is healed."""
+    deaths = Counter(armed.partition(":")[0] for points in rounds for armed in points)
     with ground(dispatch_window=24) as field:
         batch_ids: list[str] = []
-        for _ in range(times):
-            batch_ids.append(field.service.submit(texts(ROWS), send=False))
-            passage = draw.randrange(1, 4) if point != "mid_finalize" else 1
-            worker = field.worker(pause_s=0.05, crash_at=f"{point}:{passage}")
-            assert worker.wait(60) == -signal.SIGKILL, worker.log_tail()
-        say(f"{point}: {times} deaths, {sum(field.service.done(batch_id) for batch_id in batch_ids)} rows")
+        for points in rounds:
+            batch_ids += [field.service.submit(texts(ROWS), send=False) for _ in points]
+            for worker in [field.worker(pause_s=0.05, crash_at=armed) for armed in points]:
+                assert worker.wait(60) == -signal.SIGKILL, worker.log_tail()
+        say(f"{dict(deaths)}: {sum(field.service.done(batch_id) for batch_id in batch_ids)} rows")
         field.worker(pause_s=0.05)
         field.wait_over(*batch_ids, timeout_s=90)
-        verdicts = [field.judge(batch_id, texts(ROWS)) for batch_id in batch_ids]
-    return {name: sum(verdict[name] for verdict in verdicts) for name in verdicts[0]} | {"deaths": times, f"at_{point}": times}
+        counts = sum((Counter(field.judge(batch_id, texts(ROWS))) for batch_id in batch_ids), Counter())
+    names = {"lost": 0, "doubled": 0, "failed": 0}
+    return {**names, **counts, "deaths": deaths.total(), **{f"at_{point}": count for point, count in deaths.items()}}
