@@ -170,6 +170,7 @@ class Store:
             # One at a time, and waiting for it: a batch that is always being written to is never free at first sight.
             self._database.write(lambda connection, due=batch_id: batches.begin_expire(connection, due))  # type: ignore[misc]
         given_up = self._database.write(batches.give_up_stalled)
+        self._database.write(turns.forget_idle)
         stopping = self._database.read(batches.find_stopping)
         for batch_id in stopping:
             self._close(batch_id)
@@ -177,7 +178,6 @@ class Store:
 
     def _close(self, batch_id: str) -> None:
         while self._database.write(lambda connection: lifecycle.close_slice(connection, batch_id)):
-        self._database.write(turns.forget_idle)
             pass
 
     # Chunks
@@ -189,6 +189,9 @@ class Store:
         """
         if limit <= 0:
             return []
+        # In a transaction of its own: it holds chunks, and the next one waits for batches.
+        if self._database.read(lambda connection: chunks.has_lapsed(connection, model=model)):
+            self._database.write(lambda connection: chunks.requeue_lapsed(connection, model=model))
         return self._database.write(lambda connection: chunks.next_refs(connection, model=model, limit=limit, grace_s=grace_s))
 
     def unsend(self, refs: Sequence[ChunkRef]) -> None:
@@ -196,9 +199,6 @@ class Store:
         self._database.write(lambda connection: chunks.unsend(connection, [ref.chunk_id for ref in refs]))
 
     def requeue_lost(self, *, grace_s: float, model: str | None = None) -> int:
-        # In a transaction of its own: it holds chunks, and the next one waits for batches.
-        if self._database.read(lambda connection: chunks.has_lapsed(connection, model=model)):
-            self._database.write(lambda connection: chunks.requeue_lapsed(connection, model=model))
         """Put lost chunks back to those that were never sent; return how many.
 
         Lost: sent but not claimed for `grace_s` seconds, or with a lease that ran out.
