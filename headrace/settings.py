@@ -71,12 +71,12 @@ class Settings:
     api_key: str = ""
     """When set, /v1 needs `Authorization: Bearer <key>`."""
     log_level: str = "INFO"
+    crash_at: str = ""
+    """For tests: a point of `headrace.crash` at which a worker kills itself."""
 
     @property
     def served_models(self) -> tuple[str, ...]:
         """The models that the API accepts."""
-    crash_at: str = ""
-    """For tests: a point of `headrace.crash` at which a worker kills itself."""
         return tuple(name.strip() for name in self.models.split(",") if name.strip()) or (self.model,)
 
     @classmethod
@@ -114,13 +114,13 @@ class Settings:
             raise InvalidRequest(
                 f"HEADRACE_CHUNK_SIZE must be from 1 to {MAX_CHUNK_SIZE}, not {self.chunk_size}", param="HEADRACE_CHUNK_SIZE"
             )
+        check_crash_at(self.crash_at)
         check_redis_url(self.redis_url, name="HEADRACE_REDIS_URL")
 
     def to_environ(self) -> dict[str, str]:
         """Return the variables from which `from_environ` reads these settings in a child process."""
         return {f"HEADRACE_{spec.name.upper()}": str(getattr(self, spec.name)) for spec in dataclasses.fields(self)}
 
-        check_crash_at(self.crash_at)
 
 def check_redis_url(url: str, *, name: str) -> None:
     """Raise `InvalidRequest` naming the setting or option `name` unless `url` is redis://… or rediss://… (its password isn't shown)."""
