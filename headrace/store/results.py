@@ -5,6 +5,7 @@ Every function works inside the caller's transaction.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -102,22 +103,48 @@ def record(connection: Connection, entries: Sequence[Entry]) -> list[RecordResul
     crash_point("before_flush")
     held = chunk_queries.lock(connection, [claimed.chunk_id for claimed, _ in entries])
     verdicts = {claimed: _judge(held, claimed) for claimed, _ in entries}
+    tallies = _write(connection, [entry for entry in entries if verdicts[entry[0]].writes], at=held.at)
+    _move_on(connection, held, verdicts)
+    return [
+        RecordResult(claim=claimed, status=verdicts[claimed].status, inserted=tallies[claimed].rows) for claimed, _ in entries
+    ]
+
+
+def record_late(connection: Connection, entries: Sequence[Entry]) -> list[RecordResult]:
+    """Write completions whatever became of their claims, and leave leases and chunks as they are. Results in `entries` order.
+
+    An answer is one of its prompt under whichever claim it was computed; the epoch keeps a void claim from moving the chunk, and
+    (batch, index) keeps a row from being written or counted twice. A closed chunk has all its rows.
+    """
+    held = chunk_queries.lock(connection, [claimed.chunk_id for claimed, _ in entries])
+    open_states = (ChunkState.QUEUED, ChunkState.LEASED)
+    open_ones = {chunk_id for chunk_id, row in held.chunks.items() if row.state in open_states}
+    tallies = _write(connection, [entry for entry in entries if entry[0].chunk_id in open_ones], at=held.at)
+    return [
+        RecordResult(
+            claim=claimed,
+            status=RecordStatus.OK if claimed.chunk_id in open_ones else RecordStatus.CANCELLED,
+            inserted=tallies[claimed].rows,
+        )
+        for claimed, _ in entries
+    ]
+
+
+def _write(connection: Connection, entries: Sequence[Entry], *, at: float) -> defaultdict[Claim, _Tally]:
+    """Insert the rows that are missing and count them; return what each claim has added."""
     rows: dict[tuple[str, int], tuple[Claim, dict[str, Any]]] = {}
     for claimed, answers in entries:
-        for answer in answers if verdicts[claimed].writes else ():
+        for answer in answers:
             assert claimed.start <= answer.index < claimed.stop, f"index {answer.index} is not of {claimed.chunk_id}"
-            row = to_row(claimed.batch_id, answer, recorded_at=held.at, worker=claimed.worker)
+            row = to_row(claimed.batch_id, answer, recorded_at=at, worker=claimed.worker)
             rows.setdefault((claimed.batch_id, answer.index), (claimed, row))
-    tallies = {claimed: _Tally() for claimed in verdicts}
+    tallies: defaultdict[Claim, _Tally] = defaultdict(_Tally)
     for key in insert_rows(connection, [row for _, row in rows.values()]):
         claimed, row = rows[key]
         tallies[claimed].add(row)
     crash_point("mid_flush")
     _count(connection, tallies)
-    _move_on(connection, held, verdicts)
-    return [
-        RecordResult(claim=claimed, status=verdicts[claimed].status, inserted=tallies[claimed].rows) for claimed, _ in entries
-    ]
+    return tallies
 
 
 class _Verdict(Enum):

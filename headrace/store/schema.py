@@ -41,9 +41,14 @@ def migrate(database: Database) -> None:
     database.change_schema(once)
 
 
+def newest() -> str:
+    """Return the version where this release's migrations end."""
+    return str(ScriptDirectory.from_config(alembic_config()).get_current_head())
+
+
 def check(database: Database) -> None:
     """Raise `StoreUnavailable` unless the database stands where this release's migrations end."""
-    wanted = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    wanted = newest()
     found = database.read(lambda connection: MigrationContext.configure(connection).get_current_revision())
     if found != wanted:
         raise StoreUnavailable(

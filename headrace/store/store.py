@@ -7,6 +7,7 @@ Nothing here knows Celery, HTTP or the engine.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,12 @@ class Store:
     def check_schema(self) -> None:
         """Raise `StoreUnavailable` unless the schema is this release's."""
         schema.check(self._database)
+
+    @property
+    def mark(self) -> str:
+        """What tells this store and its schema from others: a digest of the URL without its password, and the schema's version."""
+        digest = hashlib.sha256(self._database.url.set(password=None).render_as_string().encode()).hexdigest()
+        return f"{digest[:16]} {schema.newest()}"
 
     def ping(self) -> None:
         """Raise `StoreUnavailable` unless the database answers."""
@@ -244,6 +251,14 @@ class Store:
         or cancelled claim takes nothing from the others.
         """
         return self._database.write(lambda connection: results.record(connection, entries)) if entries else []
+
+    def record_late(self, entries: Sequence[tuple[Claim, Sequence[Completion]]]) -> list[RecordResult]:
+        """Write completions whose claims may be void by now: answers that waited on a worker's disk.
+
+        Rows that are there stay as they are, those that are missing count. No lease and no chunk's state is touched, so whoever
+        holds the chunk now goes on. `status` is CANCELLED where the chunk is closed or gone: then nothing is missing.
+        """
+        return self._database.write(lambda connection: results.record_late(connection, entries)) if entries else []
 
     def finish_chunk(self, claim: Claim) -> bool:
         """Mark a chunk done if all its rows are there and the claim holds; the last one ends the batch. May be called again."""
