@@ -6,11 +6,11 @@ This module doesn't know processes, windows or retries' reasons; it is only touc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from engine.detokenizer import Decoder, IncrementalDetokenizer, StopWords
-from engine.preparation import Stops
+from engine.preparation import Preparer, Stops, TokenIds
 from engine.request import TokenOutput, TokenRequest
 from headrace.completion import Choice, Completion, CompletionError, FinishReason, TokenLogprobs, TokenUsage
 from headrace.config import GenerationConfig
@@ -151,6 +151,7 @@ class Item:
     # Filled by the frontend while the item is in an engine.
     open_ids: set[str] = field(default_factory=set)
     deaths: int = 0
+    starts: int = 0
     is_done: bool = False
     submitted_at: float = 0.0
     sent_at: float = 0.0
@@ -162,6 +163,44 @@ class Item:
     def size(self) -> int:
         """Requests that the item still needs."""
         return sum(builder.result is None for builder in self.builders)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether every choice has its first token."""
+        return all(builder.result is not None or builder.num_tokens > 0 for builder in self.builders)
+
+    def start_over(self, *, is_death: bool) -> None:
+        """Go back to the start: the engine died, or took the item out. Under new names, because news of the old ones may be under way."""
+        self.deaths += is_death
+        self.starts += 1
+        self.requests = tuple(
+            replace(
+                request,
+                request_id=f"{self.handle}-{request.choice}.{self.starts}",
+                family=request.family and f"{self.handle}.{self.starts}",
+            )
+            for request in self.requests
+        )
+        for builder in self.builders:
+            if builder.result is None:
+                builder.restart()
+
+    def delta(self, builder: ChoiceBuilder, piece: Piece) -> Delta:
+        """Return the news of one choice."""
+        result = builder.result
+        return Delta(
+            handle=self.handle,
+            index=self.index,
+            choice=builder.index,
+            text=piece.text,
+            token_ids=piece.token_ids,
+            logprobs=piece.logprobs,
+            prompt_logprobs=piece.prompt_logprobs,
+            finish_reason=result.finish_reason if result else None,
+            stop_detail=result.stop_detail if result else None,
+            prompt_tokens=len(self.requests[0].prompt_ids),
+            completion_tokens=builder.num_tokens,
+        )
 
     def note(self, output: TokenOutput, choice: int) -> None:
         """Keep what a finished request says about time and cache."""
@@ -187,3 +226,20 @@ class Item:
             run_ms=round(self.run_ms, 3),
             attempts=self.deaths + 1,
         )
+
+
+def make_builders(
+    preparer: Preparer, config: GenerationConfig, stops: Stops, *, is_streamed: bool
+) -> tuple[ChoiceBuilder, ...]:
+    """Return a builder for each choice that `config` asks for."""
+    return tuple(
+        ChoiceBuilder(choice, preparer.tokenizer, config, stops, is_streamed=is_streamed) for choice in range(config.n)
+    )
+
+
+def simplest_item(preparer: Preparer, handle: int) -> Item:
+    """Return an item that every engine can do, and that nobody waits for: one token after another one."""
+    config = GenerationConfig(max_new_tokens=1, ignore_eos=True)
+    prepared = preparer.prepare(TokenIds((0,)), config, handle=handle, do_preprocess=False, is_streamed=False, seed_key=None)
+    builders = make_builders(preparer, config, prepared.stops, is_streamed=False)
+    return Item(handle, 0, prepared.requests, builders, lambda _: None, None)

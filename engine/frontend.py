@@ -5,8 +5,7 @@ that thread only. This module doesn't know batches, SQL or HTTP.
 
     pending ──window──▶ live (in the engine) ──▶ done
        ▲                  │ the engine dies
-       └── first death ───┤
-    quarantine ◀─ second ─┘
+       └── quarantine ◀───┘
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.answers import ChoiceBuilder, Delta, Item, Piece
+from engine.answers import ChoiceBuilder, Delta, Item, make_builders, simplest_item
 from engine.model_info import ModelInfo
 from engine.options import EngineOptions, resolve
 from engine.preparation import Preparer
@@ -38,7 +38,6 @@ from headrace.errors import EngineError, HeadraceError, InvalidRequest, PoisonPr
 
 log = logging.getLogger(__name__)
 
-_DEATHS_TO_SUSPECT = 2
 _REPORT_TIMEOUT_S = 5.0
 OnDone = Callable[[Completion], None]
 OnDelta = Callable[[Delta], None]
@@ -81,6 +80,9 @@ class Frontend:
         self._pending: deque[Item] = deque()
         self._live: dict[str, _Live] = {}
         self._quarantine: Quarantine[Item] = Quarantine()
+        # Set while the engine is asked whether it works at all; an item of nobody's.
+        self._proof: Item | None = None
+        self._last_words = ""
         self._failure: HeadraceError | None = None
         self._facts: dict[str, Any] = {}
         self._engine_stats: dict[str, Any] = {}
@@ -149,14 +151,9 @@ class Frontend:
         handle = next(self._handles)
         try:
             prepared = self._preparer.prepare(
-                prompt,
-                gen_config,
-                handle=handle,
-                do_preprocess=do_preprocess,
-                is_streamed=on_delta is not None,
-                seed_key=seed_key,
-                index=index,
-            )
+                prompt, gen_config, handle=handle, do_preprocess=do_preprocess, is_streamed=on_delta is not None,
+                seed_key=seed_key, index=index,
+            )  # fmt: skip
         except Exception as error:
             known = error if isinstance(error, HeadraceError) else InvalidRequest(f"the prompt can't be tokenised: {error!r}")
             if known is not error:
@@ -164,10 +161,7 @@ class Frontend:
             refusal = Completion(index=index, error=CompletionError.of(known))
             self._post(partial(self._refuse, on_done, refusal))
             return handle
-        decoder, streamed = self._preparer.tokenizer, on_delta is not None
-        builders = tuple(
-            ChoiceBuilder(choice, decoder, gen_config, prepared.stops, is_streamed=streamed) for choice in range(gen_config.n)
-        )
+        builders = make_builders(self._preparer, gen_config, prepared.stops, is_streamed=on_delta is not None)
         item = Item(handle, index, prepared.requests, builders, on_done, on_delta, submitted_at=time.monotonic())
         self._post(partial(self._enqueue, item))
         return handle
@@ -237,26 +231,22 @@ class Frontend:
             event.set()
 
     def on_death(self, error: HeadraceError) -> None:
-        """Take everything back: first deaths wait again, second deaths are suspects, a death alone is a verdict."""
+        """Take everything back; who was inside is tried before anything else runs."""
         self._counts["engine_deaths"] += 1
-        victims = sorted({live.item for live in self._live.values()}, key=lambda item: item.handle)
+        self._last_words = error.message
+        victims = sorted(
+            {live.item for live in self._live.values() if live.item is not self._proof}, key=lambda item: item.handle
+        )
         self._live.clear()
+        self._proof = None
         for item in victims:
-            item.deaths += 1
-            for builder in item.builders:
-                if builder.result is None:
-                    builder.restart()
+            item.start_over(is_death=True)
         if self._quarantine.is_open:
-            guilty = self._quarantine.judge(victims)
-            if guilty is not None:
-                self._condemn(guilty, error)
-            return
-        suspects = [item for item in victims if item.deaths >= _DEATHS_TO_SUSPECT]
-        self._pending.extendleft(reversed([item for item in victims if item.deaths < _DEATHS_TO_SUSPECT]))
-        if suspects:
-            message = f"{len(suspects)} prompts were in two engines that died; they run apart until the guilty one is found."
-            self._supervisor.emit(logging.WARNING, "quarantine_opened", message, suspects=len(suspects))
-            self._quarantine.accuse(suspects)
+            self._quarantine.judge(victims)
+        elif victims:
+            self._quarantine.accuse(victims)
+            message = f"{len(victims)} prompts were in the engine that died; they run apart, to find one that kills it."
+            self._supervisor.emit(logging.WARNING, "quarantine_opened", message, suspects=len(victims))
 
     def on_failed(self, error: HeadraceError) -> None:
         """Answer everything with the error, now and from now on."""
@@ -295,7 +285,10 @@ class Frontend:
             if self._live:
                 return
             self._quarantine.acquit()
-            self._send([item for item in self._quarantine.try_next() if not item.is_done])
+            if self._quarantine.awaits_proof:
+                self._ask_for_proof()
+            else:
+                self._send([item for item in self._quarantine.try_next() if not item.is_done])
         chosen, room = [], self._window - len(self._live)
         # An item with more choices than the window goes when nothing else is there.
         while self._pending and (self._pending[0].size <= room or room == self._window):
@@ -310,10 +303,11 @@ class Frontend:
         requests = []
         for item in items:
             item.sent_at = time.monotonic()
+            hurries = item is self._quarantine.in_short_trial
             for request, builder in zip(item.requests, item.builders, strict=True):
                 if builder.result is None:
                     self._live[request.request_id] = _Live(item, builder)
-                    requests.append(request)
+                    requests.append(replace(request, stream=True) if hurries else request)
         if requests:
             self._supervisor.send(Submit(tuple(requests)))
 
@@ -322,8 +316,10 @@ class Frontend:
         if output.error is None:
             piece = builder.push(output)
             if item.on_delta is not None and (piece.text or piece.token_ids or builder.result):
-                self._stream(item.on_delta, item, builder, piece)
+                self._stream(item.on_delta, item.delta(builder, piece))
         if output.finish_reason is None and builder.result is None:
+            if item is self._quarantine.in_short_trial and item.has_begun:
+                self._acquit(item)
             return
         item.note(output, builder.index)
         del self._live[output.request_id]
@@ -335,21 +331,7 @@ class Frontend:
         elif item.size == 0:
             self._finish(item, None)
 
-    def _stream(self, on_delta: OnDelta, item: Item, builder: ChoiceBuilder, piece: Piece) -> None:
-        result = builder.result
-        delta = Delta(
-            handle=item.handle,
-            index=item.index,
-            choice=builder.index,
-            text=piece.text,
-            token_ids=piece.token_ids,
-            logprobs=piece.logprobs,
-            prompt_logprobs=piece.prompt_logprobs,
-            finish_reason=result.finish_reason if result else None,
-            stop_detail=result.stop_detail if result else None,
-            prompt_tokens=len(item.requests[0].prompt_ids),
-            completion_tokens=builder.num_tokens,
-        )
+    def _stream(self, on_delta: OnDelta, delta: Delta) -> None:
         try:
             on_delta(delta)
         except Exception:
@@ -370,22 +352,44 @@ class Frontend:
             self._finish(item, CompletionError.of(RequestAborted()))
             self._fill()
 
-    def _condemn(self, item: Item, error: HeadraceError) -> None:
-        self._counts["poison_prompts"] += 1
-        message = f"This prompt killed {item.deaths} engines, the last time alone in one; it is set aside."
-        self._supervisor.emit(logging.ERROR, "poison_prompt", message, handle=item.handle, deaths=item.deaths)
-        self._finish(item, CompletionError.of(PoisonPrompt(f"{message} The last one's words: {error.message[-800:]}")))
+    def _acquit(self, item: Item) -> None:
+        """Let a suspect go that came as far as its first token, and the next one in, or everybody."""
+        if self._quarantine.has_waiting:
+            self._withdraw(item)
+            item.start_over(is_death=False)
+            self._pending.appendleft(item)
+        self._quarantine.acquit()
+
+    def _ask_for_proof(self) -> None:
+        """Give the engine one token to continue: only an engine that can do that convicts a prompt."""
+        self._proof = simplest_item(self._preparer, next(self._handles))
+        self._send([self._proof])
+
+    def _convict(self) -> None:
+        """Answer those who were alone in engines that died with the error, now that the engine was seen to work."""
+        self._proof = None
+        self._supervisor.note_progress()
+        for item in (guilty for guilty in self._quarantine.prove() if not guilty.is_done):
+            self._counts["poison_prompts"] += 1
+            message = f"This prompt killed {item.deaths} engines, the last two of them alone; it is set aside."
+            self._supervisor.emit(logging.ERROR, "poison_prompt", message, handle=item.handle, deaths=item.deaths)
+            self._finish(item, CompletionError.of(PoisonPrompt(f"{message} The last one's words: {self._last_words[-800:]}")))
 
     def _finish_all(self, error: HeadraceError) -> None:
         self._pending.clear()
         self._live.clear()
+        self._proof = None
         self._quarantine.release_all()
         for item in list(self._items.values()):
             self._finish(item, CompletionError.of(error))
 
     def _finish(self, item: Item, error: CompletionError | None) -> None:
         """Answer an item, once."""
+        if item is self._proof:
+            self._convict()
+            return
         item.is_done = True
+        self._quarantine.forget(item)
         del self._items[item.handle]
         self._counts["prompts_failed" if error else "prompts_completed"] += 1
         if error is None:

@@ -123,7 +123,7 @@ def test_one_poison_prompt_takes_nobody_with_it(make: Make, position: int) -> No
     got = box.take(100)
     errors = {index: completion.error.code for index, completion in got.items() if completion.error}
     assert errors == {position: "poison_prompt"}
-    assert frontend.stats()["engine_deaths"] <= 2 + math.log2(64) + 1
+    assert frontend.stats()["engine_deaths"] == 3
     submit(frontend, box, 3)  # the quarantine is over
     assert all(completion.error is None for completion in box.take(3).values())
 
@@ -135,6 +135,39 @@ def test_two_poison_prompts_side_by_side(make: Make) -> None:
     submit(frontend, box, 20, first=12)
     errors = {index for index, completion in box.take(32).items() if completion.error}
     assert errors == {10, 11}
+
+
+def test_twenty_poison_prompts_side_by_side_give_no_engine_up(make: Make) -> None:
+    frontend, box = make(), Mailbox()
+    submit(frontend, box, 10)
+    submit(frontend, box, 20, doing(fake_engine.POISON), first=10)
+    submit(frontend, box, 10, first=30)
+    got = box.take(40, timeout=60)
+    assert {index for index, completion in got.items() if completion.error} == set(range(10, 30))
+    assert {completion.error.code for completion in got.values() if completion.error} == {"poison_prompt"}
+    assert {completion.attempts for completion in got.values() if completion.error} == {4}, "three engines, and no fourth"
+    assert frontend.stats()["engine_deaths"] == 1 + 2 * 20
+
+
+def test_a_prompt_that_kills_after_its_first_token_is_found_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DELAY_S", "0.05")
+    frontend, box = make(), Mailbox()
+    submit(frontend, box, 7)
+    submit(frontend, box, 1, doing(fake_engine.LATE), first=7)
+    submit(frontend, box, 24, first=8)
+    got = box.take(32, timeout=60)
+    assert {index for index, completion in got.items() if completion.error} == {7}
+    assert frontend.stats()["engine_deaths"] <= 2 + math.log2(32) + 2
+
+
+def test_an_engine_that_dies_of_everything_convicts_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    frontend, box = make(limits=Limits(max_deaths=8)), Mailbox()
+    monkeypatch.setenv("FAKE_BROKEN", "1")
+    os.kill(frontend.pids[0], signal.SIGKILL)
+    submit(frontend, box, 5)
+    got = box.take(5, timeout=60)
+    assert {completion.error.code for completion in got.values() if completion.error} == {"engine_error"}
+    assert frontend.stats()["poison_prompts"] == 0
 
 
 def test_operator_who_kills_engines_makes_no_poison(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """A stand-in for `engine.rank` that computes nothing: for tests of what happens around an engine process.
 
-It answers a prompt with its own tokens after `FAKE_DELAY_S`. What a prompt does besides is said by one of its `stop_token_ids`.
+It answers a prompt with its own tokens after `FAKE_DELAY_S`, and with `FAKE_BROKEN` dies of every prompt. What a prompt does besides is said by one of its `stop_token_ids`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from engine.protocol import Abort, AskReport, Close, Failed, Outputs, Ready, Rep
 from engine.rank import ParentPipe
 from engine.request import TokenOutput, TokenRequest
 
-POISON, HANG, RAISE, SLOW = 301, 302, 303, 304
-"""Kills the engine; makes it hang; makes it report a failure; is answered after ten seconds."""
+POISON, HANG, RAISE, SLOW, LATE = 301, 302, 303, 304, 305
+"""Kills the engine; makes it hang; makes it report a failure; is answered after ten seconds; kills it where its end would come."""
+
+
+def _is_begun(request: TokenRequest) -> bool:
+    return request.stream and request.max_new_tokens > 1
+
+
+def _begin(request: TokenRequest) -> TokenOutput:
+    """The first token of a stream, which comes at once."""
+    return TokenOutput(request_id=request.request_id, token_ids=request.prompt_ids[:1])
 
 
 def _answer(request: TokenRequest) -> TokenOutput:
-    tokens = request.prompt_ids[: request.max_new_tokens]
+    tokens = request.prompt_ids[int(_is_begun(request)) : request.max_new_tokens]
     return TokenOutput(request_id=request.request_id, token_ids=tokens, finish_reason="length", stop_detail=request.limit)
 
 
@@ -66,6 +75,10 @@ def main() -> None:
                         if RAISE in request.stop_ids:
                             pipe.send(Failed("numerical_error", "the device said no"))
                             sys.exit(1)
+                        if os.environ.get("FAKE_BROKEN"):
+                            os._exit(9)
+                        if _is_begun(request):
+                            pipe.send(Outputs((_begin(request),)))
                         waiting[request.request_id] = (time.monotonic() + (10 if SLOW in request.stop_ids else delay), request)
                 case Abort(request_ids):
                     for request_id in request_ids:
@@ -77,6 +90,8 @@ def main() -> None:
         now = time.monotonic()
         due = [request for at, request in waiting.values() if at <= now]
         for request in due:
+            if LATE in request.stop_ids:
+                os.kill(os.getpid(), signal.SIGKILL)
             del waiting[request.request_id]
         if due:
             pipe.send(Outputs(tuple(_answer(request) for request in due)))
