@@ -58,6 +58,10 @@ class Settings:
     flush_rows: int = 64
     """Completions that are written in one transaction, at most `flush_interval_s` late."""
     flush_interval_s: float = 0.5
+    spool_dir: Path = Path(".headrace/spool")
+    """Where a worker keeps answers that the database can't take."""
+    spool_bytes: int = 256 * 1024 * 1024
+    """Most that one worker keeps there; then it computes no more until the database is back."""
     max_body_bytes: int = 256 * 1024 * 1024
     """Largest request body that the API reads."""
     max_prompt_bytes: int = 1024 * 1024
@@ -92,14 +96,16 @@ class Settings:
                 raise InvalidRequest(
                     f"{name} is not a setting of headrace; the settings are {', '.join(sorted(specs))}", param=name
                 )
-            kind: Any = Path if spec.name == "home" else type(spec.default)
+            kind: Any = Path if isinstance(spec.default, Path) else type(spec.default)
             try:
                 values[spec.name] = kind(text)
             except ValueError:
                 raise InvalidRequest(f"{name}={text!r} is not a {kind.__name__}", param=name) from None
             if kind in (int, float) and not values[spec.name] > 0:  # `not >` refuses nan too
                 raise InvalidRequest(f"{name} must be above 0, not {text}", param=name)
-        values["home"] = Path(values.get("home", specs["HEADRACE_HOME"].default)).expanduser()
+        for spec in specs.values():
+            if isinstance(spec.default, Path):
+                values[spec.name] = Path(values.get(spec.name, spec.default)).expanduser()
         settings = cls(**values)
         settings._check()
         return settings
