@@ -10,6 +10,7 @@
     ├── Conflict                      409 conflict
     ├── PayloadTooLarge               413 payload_too_large
     ├── QueueFull                     429 queue_full
+    │   └── QuotaExceeded             429 quota_exceeded         the caller's API key is at one of its limits
     ├── StorageFull                   507 storage_full
     ├── StoreUnavailable              503 store_unavailable
     ├── QueueUnavailable              503 queue_unavailable
@@ -102,6 +103,12 @@ class QueueFull(HeadraceError):
 
     code = "queue_full"
     status = 429
+
+
+class QuotaExceeded(QueueFull):
+    """This API key is at one of its limits; send the request again when some of its batches are done."""
+
+    code = "quota_exceeded"
 
 
 class StorageFull(HeadraceError):

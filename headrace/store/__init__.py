@@ -1,5 +1,6 @@
 """The store: the durable truth about batches, in SQLite or PostgreSQL. Nobody outside this package speaks SQL."""
 
+from headrace.store.keys import ApiKey, NewKey, Role
 from headrace.store.store import Store, open_store
 from headrace.store.values import (
     ChunkMessage,
@@ -13,13 +14,16 @@ from headrace.store.values import (
 )
 
 __all__ = [
+    "ApiKey",
     "ChunkMessage",
     "ChunkRef",
     "ChunkState",
     "Claim",
+    "NewKey",
     "PendingPrompt",
     "RecordResult",
     "RecordStatus",
+    "Role",
     "Store",
     "WorkerInfo",
     "open_store",

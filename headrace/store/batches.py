@@ -53,12 +53,27 @@ def get(connection: Connection, batch_id: str) -> Row[Any]:
     return row
 
 
-def find(connection: Connection, *, after: str | None, limit: int, status: BatchStatus | None) -> list[Batch]:
-    """Return batches, newest first, from the one after `after`; raise `NotFound` when that is unknown."""
+def owner_of(connection: Connection, batch_id: str) -> str | None:
+    """Return the API key's id that sent the batch; raise `NotFound`."""
+    row = connection.execute(select(batches.c.owner).where(batches.c.id == batch_id)).first()
+    if row is None:
+        raise NotFound(f"no batch {batch_id}", param="batch_id")
+    owner: str | None = row.owner
+    return owner
+
+
+def find(
+    connection: Connection, *, after: str | None, limit: int, status: BatchStatus | None, owner: str | None = None
+) -> list[Batch]:
+    """Return batches (of `owner` alone), newest first, from the one after `after`; raise `NotFound` when that is unknown."""
     query = select(batches).order_by(batches.c.created_at.desc(), batches.c.id.desc()).limit(limit)
     if after is not None:
         last = get(connection, after)
+        if owner is not None and last.owner != owner:
+            raise NotFound(f"no batch {after}", param="batch_id")
         query = query.where(tuple_(batches.c.created_at, batches.c.id) < (last.created_at, last.id))
+    if owner is not None:
+        query = query.where(batches.c.owner == owner)
     if status is not None:
         query = query.where(batches.c.status == status.value)
     return [from_row(row) for row in connection.execute(query)]

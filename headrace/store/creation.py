@@ -19,9 +19,9 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from headrace.batch import BatchStatus
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig, Prompt
-from headrace.errors import Conflict, HeadraceError, InvalidRequest, QueueFull
+from headrace.errors import Conflict, HeadraceError, InvalidRequest
 from headrace.settings import MAX_CHUNK_SIZE
-from headrace.store.batches import count_open_prompts
+from headrace.store.admission import admit
 from headrace.store.lifecycle import advance, lock_batch, settle
 from headrace.store.results import insert_rows, to_row
 from headrace.store.session import Database, insert_new
@@ -48,6 +48,10 @@ class Order:
     completion_window: str = "24h"
     endpoint: str = "/v1/batches"
     idempotency_key: str | None = None
+    owner: str | None = None
+    """The API key that sends it."""
+    reserved: int = 0
+    """Prompts that it announces, counted against limits before they are stored; 0: not known yet."""
     max_open_prompts: int | None = None
     """While so many prompts of all batches are open, nothing more is taken."""
 
@@ -55,6 +59,12 @@ class Order:
         if not 1 <= self.chunk_size <= MAX_CHUNK_SIZE:
             raise InvalidRequest(f"chunk_size must be from 1 to {MAX_CHUNK_SIZE}, not {self.chunk_size}", param="chunk_size")
         window_seconds(self.completion_window)
+
+    @property
+    def stored_key(self) -> str | None:
+        """The idempotency key as it is stored: of an owner's request with the owner's id, so that two owners never meet."""
+        is_shared = self.idempotency_key is None or self.owner is None
+        return self.idempotency_key if is_shared else f"{self.owner} {self.idempotency_key}"
 
     def header(self) -> dict[str, Any]:
         """Return what counts, beside the prompts, as the content of a request."""
@@ -111,7 +121,7 @@ def create(database: Database, items: Iterable[Prompt | CompletionError], order:
     """Store a batch and return its id; of two calls with one idempotency key and the same content the second stores nothing.
 
     Raises `InvalidRequest` (no prompts; the key was used with another content), `Conflict` (the key's first request is still being
-    stored), `QueueFull`, `StorageFull`, `StoreUnavailable`, and whatever `items` raises; nothing stays behind then.
+    stored), `QueueFull`, `QuotaExceeded`, `StorageFull`, `StoreUnavailable`, and whatever `items` raises; nothing stays behind then.
     """
     batch_id = new_batch_id()
     intake = _Intake(order)
@@ -136,7 +146,7 @@ def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | Non
     if order.idempotency_key is not None:
         connection.execute(
             delete(batches).where(
-                batches.c.idempotency_key == order.idempotency_key,
+                batches.c.idempotency_key == order.stored_key,
                 batches.c.status == BatchStatus.VALIDATING.value,
                 batches.c.updated_at < now() - SILENCE_S,
             )
@@ -145,7 +155,10 @@ def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | Non
         insert_new(connection, batches).values(
             **{**header, "gen_config": to_json(header["gen_config"]), "metadata": to_json(header["metadata"])},
             id=batch_id,
-            idempotency_key=order.idempotency_key,
+            owner=order.owner,
+            lane=order.owner or "",
+            idempotency_key=order.stored_key,
+            reserved=order.reserved,
             status=BatchStatus.VALIDATING.value,
             created_at=now(),
             updated_at=now(),
@@ -153,12 +166,11 @@ def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | Non
         )
     )
     if order.idempotency_key is not None:
-        same_key = select(batches).where(batches.c.idempotency_key == order.idempotency_key, batches.c.id != batch_id)
+        same_key = select(batches).where(batches.c.idempotency_key == order.stored_key, batches.c.id != batch_id)
         if (existing := connection.execute(same_key).first()) is not None:
             return existing
     # After the key: who only repeats a request that was accepted is not refused.
-    if order.max_open_prompts is not None and count_open_prompts(connection) >= order.max_open_prompts:
-        raise QueueFull
+    admit(connection, batch_id, owner=order.owner, prompts=order.reserved, max_open_prompts=order.max_open_prompts)
     return None
 
 
@@ -197,6 +209,8 @@ def _seal(connection: Connection, batch_id: str, intake: _Intake) -> None:
         raise Conflict("the batch was given up because no prompt arrived for too long; send it again")
     if row.total > 0:
         return
+    if intake.total > row.reserved:  # it had not said how many would come
+        admit(connection, batch_id, owner=row.owner, prompts=intake.total)
     rows = list(_chunk_rows(row, intake))
     for start in range(0, len(rows), SLICE_ROWS):
         connection.execute(insert(chunks), rows[start : start + SLICE_ROWS])

@@ -21,6 +21,10 @@ from headrace.completion import Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, NotFound
 from headrace.store import batches, chunks, creation, lifecycle, results, schema, turns, workers
+from headrace.store.admission import check_room
+from headrace.store.keys import Keys
+from headrace.store.files import Files
+from headrace.store.ingest import Ingests
 from headrace.store.session import Database
 from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
 
@@ -33,6 +37,7 @@ class Store:
     def __init__(self, url: str, *, create: bool = False) -> None:
         """Open `sqlite:///PATH` or `postgresql+psycopg://…`; `create` also brings the schema up to date."""
         self._database = Database(url)
+        self.keys = Keys(self._database)
         if create:
             self.migrate()
 
@@ -62,6 +67,10 @@ class Store:
         digest = hashlib.sha256(self._database.url.set(password=None).render_as_string().encode()).hexdigest()
         return f"{digest[:16]} {schema.newest()}"
 
+    def check_room(self, *, max_bytes: float, min_free_bytes: float) -> None:
+        """Raise `StorageFull` when the database is larger than `max_bytes`, or (SQLite) has too little room on its disk."""
+        check_room(self._database, max_bytes=max_bytes, min_free_bytes=min_free_bytes)
+
     def ping(self) -> None:
         """Raise `StoreUnavailable` unless the database answers."""
         self._database.read(lambda connection: connection.execute(text("SELECT 1")))
@@ -81,18 +90,21 @@ class Store:
         endpoint: str = "/v1/batches",
         idempotency_key: str | None = None,
         max_open_prompts: int | None = None,
+        owner: str | None = None,
+        reserved: int = 0,
     ) -> Batch:
         """Store a batch; `prompts` is read once, in slices, so it may be a generator over more than memory holds.
 
-        A `CompletionError` in the place of a prompt is recorded as that prompt's failed completion; when all are, the batch is
-        over at once. A second call with the same `idempotency_key` and content returns the first one's batch. Raises
-        `InvalidRequest`, `Conflict` while the first one is still being stored, or `QueueFull` while `max_open_prompts` of all
-        batches are unanswered; nothing is stored then.
+        An `Item` is a prompt with a config or a name of its own. A `CompletionError` in the place of a prompt is recorded as that
+        prompt's failed completion; when all are, the batch is over at once. A second call with the same `idempotency_key` and
+        content returns the first one's batch. Raises `InvalidRequest`, `Conflict` while the first one is still being stored, or
+        `QueueFull` while `max_open_prompts` of all batches are unanswered or `owner`, an API key's id, is at its limits (`reserved`
+        prompts are announced, 0: not known); nothing is stored then.
         """
         order = creation.Order(
             gen_config=gen_config, model=model, chunk_size=chunk_size, metadata=metadata or {}, priority=priority,
             completion_window=completion_window, endpoint=endpoint, idempotency_key=idempotency_key,
-            max_open_prompts=max_open_prompts,
+            max_open_prompts=max_open_prompts, owner=owner, reserved=reserved,
         )  # fmt: skip
         batch_id = creation.create(self._database, prompts, order)
         batch = self.get_batch(batch_id)
@@ -109,9 +121,17 @@ class Store:
         """Return the tokens of a batch so far: a single row's read. Raises `NotFound`."""
         return self._database.read(lambda connection: batches.usage_of(batches.get(connection, batch_id)))
 
-    def list_batches(self, *, after: str | None = None, limit: int = 20, status: BatchStatus | None = None) -> list[Batch]:
-        """Return batches, newest first, from the one after `after`. Raises `NotFound` when that is unknown."""
-        return self._database.read(lambda connection: batches.find(connection, after=after, limit=limit, status=status))
+    def owner_of(self, batch_id: str) -> str | None:
+        """Return the id of the API key that sent the batch; None: no key of the table did. Raises `NotFound`."""
+        return self._database.read(lambda connection: batches.owner_of(connection, batch_id))
+
+    def list_batches(
+        self, *, after: str | None = None, limit: int = 20, status: BatchStatus | None = None, owner: str | None = None
+    ) -> list[Batch]:
+        """Return batches (of `owner` alone), newest first, from the one after `after`. Raises `NotFound` when that is unknown."""
+        return self._database.read(
+            lambda connection: batches.find(connection, after=after, limit=limit, status=status, owner=owner)
+        )
 
     def cancel_batch(self, batch_id: str) -> Batch:
         """Stop a batch.
@@ -136,6 +156,7 @@ class Store:
         first = next(failed, None)
         if first is None:
             raise Conflict("The batch has no failed prompt that could be computed again.")
+        options = {"owner": self.owner_of(batch_id), "reserved": old.counts.failed, **options}
         return self.create_batch(
             itertools.chain([first], failed), old.gen_config, model=old.model, priority=old.priority, endpoint=old.endpoint,
             completion_window=old.completion_window, metadata={**old.metadata, "retry_of": batch_id}, **options,

@@ -111,10 +111,10 @@ batches = Table(
     Column("updated_at", Double, nullable=False),
     Index("ix_batches_created_at_id", "created_at", "id"),
 )
-_OPEN = text("status IN ('validating', 'in_progress', 'cancelling')")
+OPEN = text("status IN ('validating', 'in_progress', 'cancelling')")
 # Literals, and used as they stand by the queries that need these indexes: SQLite takes a partial index for its own words only.
 RUNNING = text("status = 'in_progress'")
-Index("ix_batches_open", batches.c.expires_at, sqlite_where=_OPEN, postgresql_where=_OPEN)
+Index("ix_batches_open", batches.c.expires_at, sqlite_where=OPEN, postgresql_where=OPEN)
 Index("ix_batches_owner_created_at_id", batches.c.owner, batches.c.created_at, batches.c.id)
 Index(
     "ix_batches_turn",

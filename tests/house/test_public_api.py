@@ -13,7 +13,16 @@ PUBLIC = {
     *("Batch", "BatchStatus", "ChatTemplateConfig", "Choice", "Client", "Completion", "CompletionError", "Conflict"),
     *("ContextLengthExceeded", "EngineError", "GenerationConfig", "HeadraceError", "InvalidRequest", "KVCapacity"),
     *("ModelLoadError", "ModelNotFound", "NotFound", "NumericalError", "PayloadTooLarge", "PoisonPrompt"),
-    *("PytorchEngineConfig", "QueueFull", "QueueUnavailable", "RankLost", "RequestAborted", "RequestCounts", "Response"),
+    *(
+        "PytorchEngineConfig",
+        "QueueFull",
+        "QueueUnavailable",
+        "QuotaExceeded",
+        "RankLost",
+        "RequestAborted",
+        "RequestCounts",
+        "Response",
+    ),
     *(
         "ServiceUnavailable",
         "StorageFull",
