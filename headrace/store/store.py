@@ -23,8 +23,6 @@ from headrace.errors import Conflict, NotFound
 from headrace.store import batches, chunks, creation, lifecycle, results, schema, turns, workers
 from headrace.store.admission import check_room
 from headrace.store.keys import Keys
-from headrace.store.files import Files
-from headrace.store.ingest import Ingests
 from headrace.store.session import Database
 from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
 
