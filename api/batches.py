@@ -14,12 +14,13 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Requ
 from pydantic import AfterValidator, BaseModel
 
 from api import examples
-from api.intake import choose_model, parse_create, screen
+from api.intake import choose_model, parse_create
 from api.problems import StillBeingStored
 from api.services import Services, ServicesDep
 from headrace.batch import Batch, BatchStatus
 from headrace.errors import Conflict, InvalidRequest, NotFound
 from headrace.schemas import BatchOut, BatchPage
+from headrace.screening import screen
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from headrace.completion import TokenUsage
-from headrace.config import GenerationConfig
+from headrace.completion import CompletionError, TokenUsage
+from headrace.config import GenerationConfig, Prompt
 
 
 class BatchStatus(StrEnum):
@@ -50,6 +50,18 @@ ARROWS: Mapping[BatchStatus, frozenset[BatchStatus]] = {
 def sources(target: BatchStatus) -> frozenset[BatchStatus]:
     """Return the states from which `target` may be reached in one arrow."""
     return frozenset(state for state, targets in ARROWS.items() if target in targets)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One element of a batch that is more than its prompt."""
+
+    prompt: Prompt | CompletionError
+    """The prompt, or why it can't be answered."""
+    gen_config: GenerationConfig | None = None
+    """None: the batch's."""
+    custom_id: str | None = None
+    """What its sender calls it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +108,16 @@ class Batch:
     priority: int = 0
     """Higher is served first."""
     errors: tuple[Mapping[str, Any], ...] = ()
+    input_file_id: str | None = None
+    """The file that its prompts were read from; None: they came in the request."""
 
     @property
     def progress(self) -> float:
         """Fraction of the prompts that have their answer or their error, 0..1."""
-        return self.counts.done / self.counts.total if self.counts.total else 1.0
+        if not self.counts.total:
+            # Being stored, or over before anything was.
+            return float(self.status.is_terminal)
+        return self.counts.done / self.counts.total
 
     @property
     def tokens_per_second(self) -> float | None:

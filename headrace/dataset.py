@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,15 +46,21 @@ class Digest:
 def read_rows(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row]:
     """Yield the rows in order. Raise `NotFound` when the file can't be read."""
     for index, (line, text) in enumerate(_lines(path, max_line_bytes)):
-        custom_id: str | None = None
-        try:
-            if text is None:
-                raise PayloadTooLarge(f"line {line} is longer than {max_line_bytes} bytes")
-            value = parse_json(text, line=line)
-            custom_id = _custom_id(value)
-            yield Row(index=index, line=line, custom_id=custom_id, prompt=parse_row(value))
-        except HeadraceError as error:
-            yield Row(index=index, line=line, custom_id=custom_id, prompt=CompletionError.of(error))
+        row = read_row(line, text, max_line_bytes=max_line_bytes)
+        yield replace(row, index=index) if index else row
+
+
+def read_row(line: int, text: bytes | None, *, max_line_bytes: int = MAX_LINE_BYTES) -> Row:
+    """Return the row of a line, with index 0; None in place of the line: it is longer than `max_line_bytes`."""
+    custom_id: str | None = None
+    try:
+        if text is None:
+            raise PayloadTooLarge(f"line {line} is longer than {max_line_bytes} bytes")
+        value = parse_json(text, line=line)
+        custom_id = _custom_id(value)
+        return Row(index=0, line=line, custom_id=custom_id, prompt=parse_row(value))
+    except HeadraceError as error:
+        return Row(index=0, line=line, custom_id=custom_id, prompt=CompletionError.of(error))
 
 
 def digest(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Digest:

@@ -128,18 +128,6 @@ class PendingPrompt:
     prompt: Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One element of a batch that is more than its prompt."""
-
-    prompt: Prompt | CompletionError
-    """The prompt, or why it can't be answered."""
-    gen_config: GenerationConfig | None = None
-    """None: the batch's."""
-    custom_id: str | None = None
-    """What its sender calls it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordResult:
     """What became of the rows that were given for `claim`; `inserted` counts those that were not there before."""

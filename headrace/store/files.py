@@ -1,0 +1,200 @@
+"""Uploaded files: kept in SQL in parts of bounded size, so that several API processes share them without a disk between them.
+
+A file is 'uploading' until its last part is there; nobody sees it before. What was never completed, and what has expired, is swept.
+The file of a batch's answers is not here: it is made of the completions while it is read. Nothing here knows what is in a file.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, false, insert, or_, select, tuple_, update
+
+from headrace.errors import Conflict, NotFound
+from headrace.store.session import Database
+from headrace.store.tables import file_parts, files, ingests, now
+
+PART_BYTES: Final = 1 << 20
+"""Largest part: what is in memory of a file at one time."""
+STALL_S: Final = 300.0
+"""An upload of which no part arrived for so long is given up: whoever sent it is gone."""
+UPLOADING: Final = "uploading"
+PROCESSED: Final = "processed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A file that is there whole. Times are Unix seconds of the database's clock."""
+
+    id: str
+    """'file-' and 32 hex digits."""
+    owner: str | None
+    purpose: str
+    filename: str
+    """As its sender called it: for eyes, never a path."""
+    bytes: int
+    lines: int
+    """Line ends in it."""
+    parts: int
+    created_at: float
+    expires_at: float | None
+
+
+def new_file_id() -> str:
+    """Return 'file-' and 32 hex digits: 16 of the time, 16 random."""
+    return f"file-{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def from_row(row: Row[Any]) -> StoredFile:
+    """Return the value of a row of `files`."""
+    names = ("id", "owner", "purpose", "filename", "bytes", "lines", "parts", "created_at", "expires_at")
+    return StoredFile(**{name: getattr(row, name) for name in names})
+
+
+def lock(connection: Connection, file_id: str, *, owner: str | None = None) -> StoredFile:
+    """Return a file that nobody deletes, and of which nobody else makes a batch, until the transaction ends; raise `NotFound`."""
+    query = select(files).where(files.c.id == file_id, files.c.state == PROCESSED, _seen_by(owner)).with_for_update()
+    row = connection.execute(query).first()
+    if row is None:
+        raise NotFound(f"no file {file_id}", param="input_file_id")
+    return from_row(row)
+
+
+def _seen_by(owner: str | None) -> ColumnElement[bool]:
+    """Return what is true for the files that `owner` may see: their own; None sees every file."""
+    return files.c.id.is_not(None) if owner is None else files.c.owner == owner
+
+
+class Files:
+    """The files of one store. `owner` limits a call to the files of one API key: others are not found. Each call is a transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def begin(self, *, filename: str, purpose: str, owner: str | None = None, expires_in_s: float | None = None) -> str:
+        """Make room for an upload and return the file's id."""
+        file_id = new_file_id()
+        values: dict[str, Any] = {"id": file_id, "owner": owner, "purpose": purpose, "filename": filename, "state": UPLOADING}
+        expires_at = None if expires_in_s is None else now() + expires_in_s
+
+        def work(connection: Connection) -> None:
+            row = insert(files).values(**values, created_at=now(), updated_at=now(), expires_at=expires_at)
+            connection.execute(row)
+
+        self._database.write(work, repeatable=False)
+        return file_id
+
+    def append(self, file_id: str, number: int, body: bytes) -> None:
+        """Store part `number` (from 0). Raises `Conflict` when the upload was given up."""
+        assert 0 < len(body) <= PART_BYTES, f"a part of {len(body)} bytes"
+
+        def work(connection: Connection) -> None:
+            touched = update(files).where(files.c.id == file_id, files.c.state == UPLOADING).values(updated_at=now())
+            if connection.execute(touched).rowcount == 0:
+                raise Conflict("the upload was given up because nothing arrived for too long; send the file again")
+            # A commit whose reply was lost is followed by a second run.
+            connection.execute(delete(file_parts).where(file_parts.c.file_id == file_id, file_parts.c.number == number))
+            connection.execute(insert(file_parts).values(file_id=file_id, number=number, body=body))
+
+        self._database.write(work)
+
+    def complete(self, file_id: str, *, size: int, lines: int, parts: int) -> StoredFile:
+        """Show the file to everybody. Raises `Conflict` when the upload was given up."""
+
+        def work(connection: Connection) -> StoredFile:
+            connection.execute(
+                update(files)
+                .where(files.c.id == file_id, files.c.state == UPLOADING)
+                .values(state=PROCESSED, bytes=size, lines=lines, parts=parts, updated_at=now())
+            )
+            row = connection.execute(select(files).where(files.c.id == file_id)).first()
+            if row is None:
+                raise Conflict("the upload was given up because nothing arrived for too long; send the file again")
+            return from_row(row)
+
+        return self._database.write(work)
+
+    def abandon(self, file_id: str) -> None:
+        """Delete what arrived of an upload that came to nothing."""
+        self._database.write(
+            lambda connection: connection.execute(delete(files).where(files.c.id == file_id, files.c.state == UPLOADING))
+        )
+
+    def get(self, file_id: str, *, owner: str | None = None) -> StoredFile:
+        """Return one file. Raises `NotFound`."""
+        query = select(files).where(files.c.id == file_id, files.c.state == PROCESSED, _seen_by(owner))
+        row = self._database.read(lambda connection: connection.execute(query).first())
+        if row is None:
+            raise NotFound(f"no file {file_id}", param="file_id")
+        return from_row(row)
+
+    def list(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+        newest_first: bool = True,
+        purpose: str | None = None,
+        owner: str | None = None,
+    ) -> list[StoredFile]:
+        """Return files by time of creation, from the one after `after`. Raises `NotFound` when that is unknown."""
+        columns = (files.c.created_at, files.c.id)
+        query = select(files).where(files.c.state == PROCESSED, _seen_by(owner)).limit(limit)
+        query = query.order_by(*(column.desc() if newest_first else column.asc() for column in columns))
+        if purpose is not None:
+            query = query.where(files.c.purpose == purpose)
+        if after is not None:
+            last = self.get(after, owner=owner)
+            place = (last.created_at, last.id)
+            query = query.where(tuple_(*columns) < place if newest_first else tuple_(*columns) > place)
+        return self._database.read(lambda connection: [from_row(row) for row in connection.execute(query)])
+
+    def delete(self, file_id: str, *, owner: str | None = None) -> None:
+        """Delete a file. Raises `NotFound`, and `Conflict` while a batch is being read from it; later its batches don't need it."""
+
+        def work(connection: Connection) -> None:
+            lock(connection, file_id, owner=owner)
+            if connection.execute(select(ingests.c.batch_id).where(ingests.c.file_id == file_id)).first() is not None:
+                raise Conflict(
+                    "a batch is being read from this file; delete it when the batch is in_progress, or cancel the batch"
+                )
+            connection.execute(delete(files).where(files.c.id == file_id))
+
+        self._database.write(work, repeatable=False)
+
+    def part(self, file_id: str, number: int) -> bytes:
+        """Return one part. Raises `NotFound`."""
+        query = select(file_parts.c.body).where(file_parts.c.file_id == file_id, file_parts.c.number == number)
+        body = self._database.read(lambda connection: connection.execute(query).scalar())
+        if body is None:
+            raise NotFound(f"no part {number} of file {file_id}", param="file_id")
+        return bytes(body)
+
+    def stream(self, file: StoredFile) -> Iterator[bytes]:
+        """Yield the content, one part in memory; no transaction is open between parts. Raises `NotFound` once it is deleted."""
+        for number in range(file.parts):
+            yield self.part(file.id, number)
+
+    def sweep(self, *, retention_s: float | None = None, limit: int = 20) -> int:
+        """Delete uploads that nobody completed, and files that expired or are older than `retention_s`; return how many.
+
+        A file that a batch is being read from is left for later.
+        """
+        outlived = false() if retention_s is None else files.c.created_at < now() - retention_s
+        stale = or_(
+            and_(files.c.state == UPLOADING, files.c.updated_at < now() - STALL_S),
+            and_(files.c.state == PROCESSED, or_(files.c.expires_at <= now(), outlived)),
+        )
+        is_read = exists().where(ingests.c.file_id == files.c.id)
+        found = select(files.c.id).where(stale, ~is_read).limit(limit)
+
+        def work(connection: Connection, file_id: str) -> int:
+            # One at a time: each of them may be gigabytes.
+            return connection.execute(delete(files).where(files.c.id == file_id, stale, ~is_read)).rowcount
+
+        ids = self._database.read(lambda connection: list(connection.execute(found).scalars()))
+        return sum(self._database.write(lambda connection, one=file_id: work(connection, one)) for file_id in ids)  # type: ignore[misc]
