@@ -7,13 +7,13 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, tuple_, update
 
-from headrace.batch import Batch, BatchStatus, RequestCounts
+from headrace.batch import Batch, BatchStatus, Item, RequestCounts
 from headrace.completion import TokenUsage
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound
 from headrace.store.lifecycle import advance, lock_batch
-from headrace.store.tables import batches, chunks, completions, now, prompts
-from headrace.store.values import PendingPrompt, to_json
+from headrace.store.tables import batches, chunks, completions, ingests, now, prompts
+from headrace.store.values import to_json
 
 STALL_S: Final = 300.0
 """A batch of which no prompt arrived for so long, and that is not complete, is given up: whoever sent it is gone."""
@@ -23,7 +23,7 @@ _STALLED_ERROR: Final = {
 }
 _PLAIN: Final = (
     "id", "model", "created_at", "expires_at", "started_at", "in_progress_at", "finalizing_at", "completed_at", "failed_at",
-    "expired_at", "cancelling_at", "cancelled_at", "updated_at", "endpoint", "completion_window", "priority",
+    "expired_at", "cancelling_at", "cancelled_at", "updated_at", "endpoint", "completion_window", "priority", "input_file_id",
 )  # fmt: skip
 
 
@@ -122,20 +122,23 @@ def count_open_prompts(connection: Connection) -> int:
     return int(connection.execute(query).scalar() or 0)
 
 
-def failed_prompts(connection: Connection, batch_id: str, *, after: int, limit: int) -> list[PendingPrompt]:
-    """Return up to `limit` prompts above index `after` whose completion is an error; those refused at the rim were never stored."""
+def failed_prompts(connection: Connection, batch_id: str, *, after: int, limit: int) -> list[tuple[int, Item]]:
+    """Return up to `limit` prompts above index `after` whose completion is an error; those refused at the rim have no body."""
     failed = exists().where(
         completions.c.batch_id == prompts.c.batch_id,
         completions.c.index == prompts.c.index,
         completions.c.error_code.is_not(None),
     )
     rows = connection.execute(
-        select(prompts.c.index, prompts.c.body)
-        .where(prompts.c.batch_id == batch_id, prompts.c.index > after, failed)
+        select(prompts.c.index, prompts.c.body, prompts.c.gen_config, prompts.c.custom_id)
+        .where(prompts.c.batch_id == batch_id, prompts.c.index > after, prompts.c.body.is_not(None), failed)
         .order_by(prompts.c.index)
         .limit(limit)
     )
-    return [PendingPrompt(index, json.loads(body)) for index, body in rows]
+    return [
+        (index, Item(json.loads(body), None if config is None else GenerationConfig.from_dict(json.loads(config)), custom_id))
+        for index, body, config, custom_id in rows
+    ]
 
 
 _IS_DUE: Final = and_(
@@ -168,6 +171,8 @@ def give_up_stalled(connection: Connection) -> int:
         select(batches.c.id)
         .where(batches.c.status.in_([BatchStatus.VALIDATING.value, BatchStatus.CANCELLING.value]))
         .where(batches.c.total == 0, batches.c.updated_at < now() - STALL_S)
+        # Those that are read from a file have no sender that could go away.
+        .where(~exists().where(ingests.c.batch_id == batches.c.id))
         .with_for_update(skip_locked=True)
     )
     ids = list(connection.execute(stalled).scalars())

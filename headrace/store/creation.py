@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from headrace.batch import BatchStatus
+from headrace.batch import BatchStatus, Item
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, HeadraceError, InvalidRequest
@@ -74,6 +75,37 @@ class Order:
         }  # fmt: skip
 
 
+class Entry(NamedTuple):
+    """One element of a batch as it is stored."""
+
+    position: int
+    body: str | None
+    """The prompt as JSON; None: refused."""
+    error: CompletionError | None = None
+    custom_id: str | None = None
+    gen_config: str | None = None
+    """Its own config as JSON."""
+
+    @property
+    def size(self) -> int:
+        """Characters, roughly."""
+        return len(self.body or "") + len(self.custom_id or "") + len(self.gen_config or "")
+
+
+def entry_of(index: int, item: Prompt | CompletionError | Item, default: GenerationConfig) -> Entry:
+    """Return the entry of one element; a config that is the batch's `default` isn't written down again."""
+    own = item if isinstance(item, Item) else Item(item)
+    config = None if own.gen_config is None or own.gen_config == default else _config_json(own.gen_config)
+    if isinstance(own.prompt, CompletionError):
+        return Entry(index, None, own.prompt, own.custom_id, config)
+    return Entry(index, to_json(own.prompt), None, own.custom_id, config)
+
+
+@lru_cache(maxsize=1024)
+def _config_json(config: GenerationConfig) -> str:
+    return to_json(config.to_dict())
+
+
 @dataclass(slots=True)
 class _Intake:
     """Reads the prompts once, and keeps of them what fits in a few bytes each."""
@@ -87,24 +119,23 @@ class _Intake:
     def __post_init__(self) -> None:
         self.digest = hashlib.sha256(to_json(self.order.header()).encode())
 
-    def slices(self, items: Iterable[Prompt | CompletionError]) -> Iterator[list[tuple[int, str | CompletionError]]]:
-        """Yield (index, prompt as JSON or its refusal) in slices of bounded size."""
-        batch: list[tuple[int, str | CompletionError]] = []
+    def slices(self, items: Iterable[Prompt | CompletionError | Item]) -> Iterator[list[Entry]]:
+        """Yield what is to be stored in slices of bounded size."""
+        batch: list[Entry] = []
         size = 0
         for index, item in enumerate(items):
-            entry: str | CompletionError
-            if isinstance(item, CompletionError):
-                entry = item
+            entry = entry_of(index, item, self.order.gen_config)
+            if entry.error is not None:
                 chunk = index // self.order.chunk_size
                 self.refused[chunk] = self.refused.get(chunk, 0) + 1
-                self.digest.update(to_json([item.code, item.message]).encode())
-            else:
-                entry = to_json(item)
-                self.digest.update(entry.encode())
-                size += len(entry)
+                self.digest.update(to_json([entry.error.code, entry.error.message]).encode())
+            self.digest.update((entry.body or "").encode())
+            if entry.custom_id is not None or entry.gen_config is not None:
+                self.digest.update(to_json([entry.custom_id, entry.gen_config]).encode())
             self.digest.update(b"\n")
+            size += entry.size
             self.total = index + 1
-            batch.append((index, entry))
+            batch.append(entry)
             if len(batch) >= SLICE_ROWS or size >= SLICE_CHARS:
                 yield batch
                 batch, size = [], 0
@@ -117,7 +148,7 @@ def new_batch_id() -> str:
     return f"batch_{time.time_ns():016x}{secrets.token_hex(8)}"
 
 
-def create(database: Database, items: Iterable[Prompt | CompletionError], order: Order) -> str:
+def create(database: Database, items: Iterable[Prompt | CompletionError | Item], order: Order) -> str:
     """Store a batch and return its id; of two calls with one idempotency key and the same content the second stores nothing.
 
     Raises `InvalidRequest` (no prompts; the key was used with another content), `Conflict` (the key's first request is still being
@@ -125,7 +156,7 @@ def create(database: Database, items: Iterable[Prompt | CompletionError], order:
     """
     batch_id = new_batch_id()
     intake = _Intake(order)
-    existing = database.write(lambda connection: _open(connection, batch_id, order))
+    existing = database.write(lambda connection: open_batch(connection, batch_id, order))
     if existing is not None:
         return _same_as(existing, intake, items)
     try:
@@ -140,20 +171,23 @@ def create(database: Database, items: Iterable[Prompt | CompletionError], order:
     return batch_id
 
 
-def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | None:
-    """Insert the batch's row; return the other batch that has its idempotency key, if there is one."""
+def open_batch(connection: Connection, batch_id: str, order: Order, **columns: Any) -> Row[Any] | None:
+    """Insert the batch's row, with further `columns`; return the other batch that has its idempotency key, if there is one."""
     header = order.header()
     if order.idempotency_key is not None:
         connection.execute(
             delete(batches).where(
                 batches.c.idempotency_key == order.stored_key,
                 batches.c.status == BatchStatus.VALIDATING.value,
+                # A batch that is read from a file needs no sender.
+                batches.c.input_file_id.is_(None),
                 batches.c.updated_at < now() - SILENCE_S,
             )
         )
     connection.execute(
         insert_new(connection, batches).values(
             **{**header, "gen_config": to_json(header["gen_config"]), "metadata": to_json(header["metadata"])},
+            **columns,
             id=batch_id,
             owner=order.owner,
             lane=order.owner or "",
@@ -174,7 +208,7 @@ def _open(connection: Connection, batch_id: str, order: Order) -> Row[Any] | Non
     return None
 
 
-def _same_as(existing: Row[Any], intake: _Intake, items: Iterable[Prompt | CompletionError]) -> str:
+def _same_as(existing: Row[Any], intake: _Intake, items: Iterable[Prompt | CompletionError | Item]) -> str:
     if existing.content_hash is None:
         raise Conflict("the first request with this idempotency key is still being stored; send it again in a moment")
     for _ in intake.slices(items):
@@ -184,18 +218,37 @@ def _same_as(existing: Row[Any], intake: _Intake, items: Iterable[Prompt | Compl
     return str(existing.id)
 
 
-def _store(connection: Connection, batch_id: str, rows: list[tuple[int, str | CompletionError]]) -> None:
+def _store(connection: Connection, batch_id: str, rows: list[Entry]) -> None:
     touched = connection.execute(
         update(batches).where(batches.c.id == batch_id, batches.c.status.in_(_OPEN_TO_PROMPTS)).values(updated_at=now())
     )
     if touched.rowcount == 0:
         raise Conflict("the batch was given up because no prompt arrived for too long; send it again")
-    at = connection.execute(select(now())).scalar_one()
-    texts = [{"batch_id": batch_id, "index": index, "body": entry} for index, entry in rows if isinstance(entry, str)]
-    if texts:
-        connection.execute(insert_new(connection, prompts), texts)
-    refused = [refusal(index, entry) for index, entry in rows if isinstance(entry, CompletionError)]
-    insert_rows(connection, [to_row(batch_id, completion, recorded_at=at, worker=None) for completion in refused])
+    store_entries(connection, batch_id, rows)
+
+
+def store_entries(connection: Connection, batch_id: str, rows: Sequence[Entry]) -> None:
+    """Insert prompts, and the failed completions of those that were refused."""
+    # A refused one that nobody named has nothing to remember.
+    named = [row for row in rows if row.error is None or row.custom_id is not None]
+    if named:
+        connection.execute(
+            insert_new(connection, prompts),
+            [
+                {
+                    "batch_id": batch_id,
+                    "index": row.position,
+                    "body": row.body,
+                    "custom_id": row.custom_id,
+                    "gen_config": row.gen_config,
+                }
+                for row in named
+            ],
+        )
+    refused = [refusal(row.position, row.error) for row in rows if row.error is not None]
+    if refused:
+        at = connection.execute(select(now())).scalar_one()
+        insert_rows(connection, [to_row(batch_id, completion, recorded_at=at, worker=None) for completion in refused])
 
 
 def _seal(connection: Connection, batch_id: str, intake: _Intake) -> None:
@@ -209,32 +262,36 @@ def _seal(connection: Connection, batch_id: str, intake: _Intake) -> None:
         raise Conflict("the batch was given up because no prompt arrived for too long; send it again")
     if row.total > 0:
         return
-    if intake.total > row.reserved:  # it had not said how many would come
-        admit(connection, batch_id, owner=row.owner, prompts=intake.total)
-    rows = list(_chunk_rows(row, intake))
+    seal(connection, row, total=intake.total, chunk_size=intake.order.chunk_size, refused=intake.refused)
+    connection.execute(update(batches).where(batches.c.id == batch_id).values(content_hash=intake.digest.hexdigest()))
+
+
+def seal(connection: Connection, batch: Row[Any], *, total: int, chunk_size: int, refused: Mapping[int, int]) -> None:
+    """Make the chunks of a locked batch whose prompts are stored, and open it. `refused`: prompts refused, by chunk number from 0."""
+    if total > batch.reserved:  # it had not said how many would come
+        admit(connection, batch.id, owner=batch.owner, prompts=total)
+    rows = list(_chunk_rows(batch, total, chunk_size, refused))
     for start in range(0, len(rows), SLICE_ROWS):
         connection.execute(insert(chunks), rows[start : start + SLICE_ROWS])
     connection.execute(
         update(batches)
-        .where(batches.c.id == batch_id)
+        .where(batches.c.id == batch.id)
         .values(
-            total=intake.total,
-            failed=sum(intake.refused.values()),
+            total=total,
+            failed=sum(refused.values()),
             chunk_count=len(rows),
             open_chunks=sum(chunk["state"] == ChunkState.QUEUED for chunk in rows),
-            content_hash=intake.digest.hexdigest(),
         )
     )
-    advance(connection, batch_id, BatchStatus.IN_PROGRESS)
-    settle(connection, batch_id)
+    advance(connection, batch.id, BatchStatus.IN_PROGRESS)
+    settle(connection, batch.id)
 
 
-def _chunk_rows(batch: Row[Any], intake: _Intake) -> Iterator[dict[str, Any]]:
-    size = intake.order.chunk_size
-    count = -(-intake.total // size)
+def _chunk_rows(batch: Row[Any], total: int, size: int, refused: Mapping[int, int]) -> Iterator[dict[str, Any]]:
+    count = -(-total // size)
     for number in range(count):
-        start, stop = number * size, min(intake.total, (number + 1) * size)
-        failed = intake.refused.get(number, 0)
+        start, stop = number * size, min(total, (number + 1) * size)
+        failed = refused.get(number, 0)
         is_done = failed == stop - start
         yield {
             "id": f"{batch.id.replace('batch_', 'chunk_', 1)}_{number + 1:07d}",

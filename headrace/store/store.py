@@ -16,12 +16,14 @@ from typing import Any, Self
 
 from sqlalchemy import text
 
-from headrace.batch import Batch, BatchStatus
+from headrace.batch import Batch, BatchStatus, Item
 from headrace.completion import Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, NotFound
 from headrace.store import batches, chunks, creation, lifecycle, results, schema, turns, workers
 from headrace.store.admission import check_room
+from headrace.store.files import Files
+from headrace.store.ingest import Ingests
 from headrace.store.keys import Keys
 from headrace.store.session import Database
 from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
@@ -36,6 +38,8 @@ class Store:
         """Open `sqlite:///PATH` or `postgresql+psycopg://…`; `create` also brings the schema up to date."""
         self._database = Database(url)
         self.keys = Keys(self._database)
+        self.files = Files(self._database)
+        self.ingests = Ingests(self._database)
         if create:
             self.migrate()
 
@@ -77,7 +81,7 @@ class Store:
 
     def create_batch(  # noqa: PLR0913  # one keyword for each thing that a caller may say
         self,
-        prompts: Iterable[Prompt | CompletionError],
+        prompts: Iterable[Prompt | CompletionError | Item],
         gen_config: GenerationConfig,
         *,
         model: str,
@@ -160,13 +164,13 @@ class Store:
             completion_window=old.completion_window, metadata={**old.metadata, "retry_of": batch_id}, **options,
         )  # fmt: skip
 
-    def _failed_prompts(self, batch_id: str) -> Iterator[Prompt]:
+    def _failed_prompts(self, batch_id: str) -> Iterator[Item]:
         after = -1
         while page := self._database.read(
             lambda connection, after=after: batches.failed_prompts(connection, batch_id, after=after, limit=500)  # type: ignore[misc]
         ):
-            yield from (item.prompt for item in page)
-            after = page[-1].index
+            yield from (item for _, item in page)
+            after = page[-1][0]
         # Deleted while it was read, the old batch looks as if it ended here: half of its prompts must not pass for all of them.
         self.get_batch(batch_id)
 
