@@ -5,19 +5,33 @@ Knows no device (an `Executor` runs the plans), no text and no process: `engine.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from engine.draft import PlannedStep
-from engine.guidance import Guide, Guides, Row
+from engine.guidance import Guide, Guides, Masking, Row
 from engine.plan import Executor, RunningStep
 from engine.request import TokenOutput, TokenRequest
 from engine.scheduler import Scheduler
 from engine.sequence import SequenceState
 from engine.stats import EngineStats
 from headrace.completion import CompletionError, FinishReason, TokenLogprobs
-from headrace.errors import HeadraceError, InvalidRequest, NumericalError, RequestAborted, UnsupportedOption
+from headrace.errors import (
+    HeadraceError,
+    InvalidRequest,
+    NumericalError,
+    OutOfDeviceMemory,
+    RequestAborted,
+    UnsupportedOption,
+)
+
+log = logging.getLogger(__name__)
+
+_MOST_TRIES = 10
+_PAUSE_S = 0.1
+"""How often, and with what pause, the smallest step is tried: another process may hold the memory for a moment only."""
 
 
 class SchedulingOptions(Protocol):
@@ -64,8 +78,9 @@ class _Launched(NamedTuple):
 class Engine:
     """Runs any number of requests over one executor.
 
-    Not thread-safe: one thread calls `add`, `abort` and `step`. An exception out of `step` comes from the executor and
-    leaves the device in an unknown state: let the process die; its supervisor starts another one.
+    Not thread-safe: one thread calls `add`, `abort` and `step`. A step that the device has no memory for is put back and tried
+    again, smaller. Any other exception out of `step` comes from the executor and leaves the device in an unknown state: let the
+    process die; its supervisor starts another one.
     """
 
     def __init__(
@@ -92,11 +107,15 @@ class Engine:
         # Whether a request with a response format was ever admitted: until then nobody looks for any.
         self._is_guiding = False
         self._live: dict[str, SequenceState] = {}
-        # The step whose tokens the host hasn't read.
+        # The step whose tokens the host hasn't read, and the masks that it waits for.
         self._previous: _Launched | None = None
+        self._masking: Masking | None = None
         # Reports that belong to no step (refused or aborted requests); the next step() gives them.
         self._reports: list[TokenOutput] = []
         self._steps = 0
+        self._steps_put_back = 0
+        # How often in a row a step of one token didn't fit.
+        self._hopeless = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
@@ -164,7 +183,7 @@ class Engine:
         launched = None if planned is None else self._launch(planned)
         outputs = self._commit(self._previous)
         if launched is not None and self._is_guiding:
-            outputs += self._guide(launched.planned)
+            launched = self._guide(launched, outputs)
         self._previous = launched
         if not self.has_work:
             self.check_integrity()
@@ -185,6 +204,7 @@ class Engine:
             generated_tokens=self._generated_tokens,
             computed_tokens=self._computed_tokens,
             preemptions=scheduler.preemptions,
+            steps_put_back=self._steps_put_back,
             finished=self._ended["stop"] + self._ended["length"],
             failed=self._ended["error"],
             aborted=self._ended["abort"],
@@ -197,8 +217,16 @@ class Engine:
             stats = self.stats()
             assert stats.running == stats.waiting == stats.blocks_used == 0, "an idle engine holds something"
 
-    def _launch(self, planned: PlannedStep) -> _Launched:
-        running = self._executor.launch(planned.plan)
+    def _launch(self, planned: PlannedStep) -> _Launched | None:
+        """Start a step; None: the device had no memory for it, and it is put back."""
+        try:
+            running = self._executor.launch(planned.plan)
+        except OutOfDeviceMemory as error:
+            self._put_back(planned, error)
+            return None
+        if self._scheduler.budget.grow():
+            log.info("steps are of full size again", extra={"event": "steps_recovered"})
+        self._hopeless = 0
         self._steps += 1
         self._computed_tokens += planned.plan.num_tokens
         if planned.admitted:
@@ -239,17 +267,49 @@ class Engine:
                     outputs.append(report)
         return outputs
 
-    def _guide(self, planned: PlannedStep) -> list[TokenOutput]:
+    def _put_back(self, planned: PlannedStep, error: OutOfDeviceMemory) -> None:
+        """Plan the step's work again, in smaller steps; give up a request of which one token doesn't fit in a second."""
+        plan, scheduler = planned.plan, self._scheduler
+        whose = scheduler.put_back(planned)
+        self._steps_put_back += 1
+        if scheduler.budget.shrink(plan.num_tokens):
+            log.warning(
+                "the device had no memory for a step of %d tokens; they are computed again, at most %d a step until it goes well",
+                plan.num_tokens,
+                scheduler.budget.now,
+                extra={
+                    "event": "step_put_back",
+                    "tokens": plan.num_tokens,
+                    "rows": len(plan.rows),
+                    "next_tokens": scheduler.budget.now,
+                    "error": error.message[:300],
+                },
+            )
+            return
+        self._hopeless += 1
+        if self._hopeless < _MOST_TRIES:
+            time.sleep(_PAUSE_S)
+            return
+        self._hopeless = 0
+        self._reports += [self._end(sequence, "error", error=CompletionError.of(error)) for sequence in whose]
+
+    def _guide(self, step: _Launched, outputs: list[TokenOutput]) -> _Launched | None:
         """Say what the launched step may choose, now that all tokens before its own are known; report who can't go on."""
-        guided = [(entry, one) for entry, one in enumerate(planned.sampled) if one.guide is not None]
+        guided = [(entry, one) for entry, one in enumerate(step.planned.sampled) if one.guide is not None]
         if not guided:
-            return []
+            return step
         assert self._guides is not None, "a guide that nobody made"
         going = [(entry, one) for entry, one in guided if not one.done]
         rows = [Row(entry, one.guide, len(one.tokens) - one.num_prompt) for entry, one in going if one.guide is not None]
-        self._executor.choose(self._guides.masks(rows))
-        broken = [(one, error) for (_, one), row in zip(going, rows, strict=True) if (error := row.guide.error()) is not None]
-        return [self._end(one, "error", error=error) for one, error in broken]
+        masks = self._guides.masks(rows)
+        try:
+            self._executor.choose(masks)
+        except OutOfDeviceMemory as error:
+            self._put_back(step.planned, error)
+            return None
+        broken = [(one, why) for (_, one), row in zip(going, rows, strict=True) if (why := row.guide.error()) is not None]
+        outputs += [self._end(one, "error", error=why) for one, why in broken]
+        return step
 
     def _look_at(self, sequence: SequenceState, logprobs: TokenLogprobs | None) -> TokenOutput | None:
         """Decide whether the token just read ends the request, and what to report of it now."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -37,8 +38,12 @@ from engine.scorer import Scorer
 from engine.state_table import StateTable
 from engine.stopwatch import Stopwatch
 from engine.token_masks import TokenMasks
+from headrace.errors import OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class _Rank(NamedTuple):
@@ -135,6 +140,21 @@ def _device_of(options: EngineOptions, rank: int) -> torch.device:
     return torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
 
 
+def _within_memory(device: torch.device, run: Callable[[], _T]) -> _T:
+    """Run something on a device; where its memory doesn't suffice, free what is only cached and say so."""
+    try:
+        with _device_guard(device):
+            return run()
+    except RuntimeError as error:  # torch's own, cuBLAS's workspace and the driver's loading of a kernel all are
+        shortage = str(error)
+        if not any(words in shortage for words in _NO_MEMORY):
+            raise
+    # Behind the except clause: the traceback kept the tensors of the step alive.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise OutOfDeviceMemory(f"{(OutOfDeviceMemory.__doc__ or '').strip()} ({shortage[:300]})")
+
+
 class LocalExecutor:
     """The whole model on one device, in this process."""
 
@@ -151,16 +171,14 @@ class LocalExecutor:
         return self._memory.num_blocks
 
     def launch(self, plan: StepPlan) -> RunningStep:
-        """Start a step; on a CPU it is done on return."""
+        """Start a step; on a CPU it is done on return. Raise `OutOfDeviceMemory` where it didn't run."""
         assert self._rank is not None, "the executor is closed"
-        with _device_guard(self._device):
-            return self._rank.runner.launch(plan)
+        return _within_memory(self._device, partial(self._rank.runner.launch, plan))
 
     def choose(self, masks: TokenMasks) -> None:
-        """Sample the step launched last, which waits for its masks."""
+        """Sample the step launched last, which waits for its masks. Raise `OutOfDeviceMemory` where that didn't run."""
         assert self._rank is not None, "the executor is closed"
-        with _device_guard(self._device):
-            self._rank.runner.choose(masks)
+        _within_memory(self._device, partial(self._rank.runner.choose, masks))
 
     def report(self) -> dict[str, Any]:
         """Say where the memory goes, in bytes, and what getting ready took, in seconds."""
@@ -195,7 +213,11 @@ class TensorParallelExecutor:
         return self._memory.num_blocks
 
     def launch(self, plan: StepPlan) -> RunningStep:
-        """Start a step on every rank. Raise `RankLost` where one is gone."""
+        """Start a step on every rank. Raise `RankLost` where one is gone.
+
+        A rank without memory for the step ends, and the group with it: the others wait in the middle of a sum. The supervisor
+        starts the group again, and what was unfinished is computed anew.
+        """
         assert self._rank is not None, "the executor is closed"
         self._sender.send(plan.to_json())
         try:

@@ -41,7 +41,8 @@ class PlanRow(NamedTuple):
     output_index: int
     """How many tokens the request had generated before this one (the position that keys its random numbers)."""
     new_blocks: tuple[int, ...]
-    """KV blocks appended to the slot's table before this step."""
+    """KV blocks appended to the slot's table before this step: the first one holds the first position from `start` on that
+    begins a block."""
     scores: int = 0
     """Of so many of its first positions the log-probability of the token that follows is wanted (a prompt's own tokens)."""
 
@@ -127,11 +128,15 @@ class Executor(Protocol):
         """Start a step on every rank and return at once (on a CPU: when it is done). Plans run in the order launched.
 
         A step in which a row samples whose request has a response format stops before it samples, until `choose`.
+        `OutOfDeviceMemory` means that the step didn't run, whatever it wrote on its way: the same positions may be planned again.
         """
         ...
 
     def choose(self, masks: TokenMasks) -> None:
-        """Sample the step launched last. Called before the next launch, and only for a step that waits for it."""
+        """Sample the step launched last. Called before the next launch, and only for a step that waits for it.
+
+        `OutOfDeviceMemory` as in `launch`: the whole step didn't run.
+        """
         ...
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ Life of a request:
 
     waiting ──admit──▶ running ──last row planned──▶ leaving ──next plan()──▶ released
        ▲                  │
-       └────preempt───────┘          a stop token, an error or an abort releases it from any place, at once
+       └─preempt, put back┘          a stop token, an error or an abort releases it from any place, at once
 
 `plan()` is called one step ahead of what the host knows: when step N+1 is planned, the tokens of step N are still on the
 device. Therefore
@@ -24,14 +24,14 @@ from collections import OrderedDict
 from itertools import chain, islice
 
 from engine.blocks import BlockPool
+from engine.budget import TokenBudget
 from engine.draft import PlanDraft, PlannedStep
 from engine.family import Families
 from engine.forecast import Forecast, Load, OutputLengths
 from engine.plan import Admission, PlanRow
 from engine.prefix import PrefixCache
 from engine.request import TokenRequest
-from engine.sequence import SequenceState
-from headrace.errors import ContextLengthExceeded, InvalidRequest, KVCapacity
+from engine.sequence import SequenceState, make_sequence
 
 
 class Scheduler:
@@ -52,7 +52,7 @@ class Scheduler:
         self.preemptions = 0
         self._block_size = block_size
         self._max_batch_size = max_batch_size
-        self._token_budget = token_budget
+        self.budget = TokenBudget(token_budget)
         self._prefill_interval = prefill_interval
         self._session_len = session_len
         self._step = 0
@@ -85,32 +85,13 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, request: TokenRequest) -> SequenceState:
-        """Queue a request.
-
-        Raise `ContextLengthExceeded` or `KVCapacity` for one that could never run. One whose prompt fits but whose
-        `max_new_tokens` doesn't is cut to what session length and pool leave: it may well end by itself before.
-        """
-        num_prompt = len(request.prompt_ids)
-        capacity = self.pool.num_blocks * self._block_size
-        if not num_prompt:
-            raise InvalidRequest("the prompt has no tokens; give it at least one", param="prompt_ids")
-        if num_prompt >= self._session_len:
-            raise ContextLengthExceeded(
-                f"the prompt has {num_prompt} tokens, the session length is {self._session_len}; shorten it or raise session_len"
-            )
-        if num_prompt > capacity:
-            raise KVCapacity(
-                f"the prompt has {num_prompt} tokens, the KV pool holds {capacity} "
-                f"({self.pool.num_blocks} blocks of {self._block_size}); shorten it or give the engine a larger pool"
-            )
-        # The last token's KV is never computed, so one token more than the pool's positions can be there.
-        room = min(self._session_len, capacity + 1) - num_prompt
-        fits = request.max_new_tokens <= room
-        sequence = SequenceState(
+        """Queue a request. Raise `InvalidRequest`, `ContextLengthExceeded` or `KVCapacity` for one that could never run."""
+        sequence = make_sequence(
             request,
             arrival=self._arrivals,
-            max_new_tokens=request.max_new_tokens if fits else room,
-            limit=request.limit if fits else "session_len",
+            session_len=self._session_len,
+            num_blocks=self.pool.num_blocks,
+            block_size=self._block_size,
         )
         self._arrivals += 1
         self._waiting[sequence.arrival] = sequence
@@ -121,7 +102,7 @@ class Scheduler:
     def plan(self) -> PlannedStep | None:
         """Reserve what the next step needs and say what it computes; None: there is nothing to compute."""
         self._settle()
-        draft = PlanDraft(self._token_budget)
+        draft = PlanDraft(self.budget.now)
         preemptions = self.preemptions
         self._continue_running(draft)
         self._steps_since_admission += 1
@@ -135,6 +116,30 @@ class Scheduler:
             return None
         self._step += 1
         return draft.finish(self._step)
+
+    def put_back(self, planned: PlannedStep) -> list[SequenceState]:
+        """Undo the plan made last, which didn't run, and give whose it was. Who was admitted by it waits again."""
+        self._step -= 1
+        self._unregistered.clear()
+        # Who left did so in this plan: the others were released before it was made.
+        running = sorted([*self._running.values(), *self._leaving], key=lambda sequence: sequence.arrival)
+        self._leaving.clear()
+        self._running = {sequence.slot: sequence for sequence in running}  # type: ignore[misc]  # they run
+        # Who ended between launch and sampling has no slot any more.
+        planned_rows = [(row, self._running[row.slot]) for row in planned.plan.rows if row.slot in self._running]
+        for row, sequence in planned_rows:
+            sequence.num_computed = row.start
+            sequence.num_scored = min(sequence.num_scored, row.start)
+            sequence.num_tokens -= row.samples
+            if row.new_blocks:
+                del sequence.blocks[-len(row.new_blocks) :]
+                sequence.capacity -= len(row.new_blocks) * self._block_size
+                self.pool.release(row.new_blocks)
+        for sequence in reversed(planned.admitted):
+            if sequence.slot is not None:
+                del self._running[sequence.slot]
+                self._send_back(sequence)
+        return [sequence for _, sequence in planned_rows]
 
     def finish(self, sequence: SequenceState, *, completed: bool) -> None:
         """Release a request that ended, wherever it is. `completed`: its length is worth learning from."""
@@ -161,21 +166,18 @@ class Scheduler:
         self.pool.check_integrity(chain((sequence.blocks for sequence in held), self._families.tables()))
         slots = [sequence.slot for sequence in held]
         assert sorted([*self._free_slots, *slots]) == list(range(self._max_batch_size)), "a slot leaked"  # type: ignore[type-var]
-        assert all(sequence.slot == slot for slot, sequence in self._running.items()), (
-            "a sequence is filed under another's slot"
-        )
+        filed = all(sequence.slot == slot for slot, sequence in self._running.items())
+        assert filed, "a sequence is filed under another's slot"
         for sequence in held:
             assert not sequence.done, "a request that ended still runs"
-            assert sequence.capacity == len(sequence.blocks) * self._block_size >= sequence.num_computed, (
-                "the block table is too short"
-            )
+            room = len(sequence.blocks) * self._block_size
+            assert sequence.capacity == room >= sequence.num_computed, "the block table is too short"
             assert 0 <= sequence.num_tokens - len(sequence.tokens) <= 2, "more tokens in flight than steps"
         for sequence in self._waiting.values():
             holds_nothing = sequence.slot is None and not sequence.blocks and not sequence.num_computed
             assert holds_nothing, "a waiting request holds something"
-        assert self._waiting_tokens == sum(sequence.num_tokens for sequence in self._waiting.values()), (
-            "waiting tokens miscounted"
-        )
+        waiting_tokens = sum(sequence.num_tokens for sequence in self._waiting.values())
+        assert self._waiting_tokens == waiting_tokens, "waiting tokens miscounted"
         assert held or not self._prefixes.is_computing, "a prefix is said to be computed by nobody"
 
     def _settle(self) -> None:
@@ -233,18 +235,22 @@ class Scheduler:
             victim = running.pop()
             assert victim.slot is not None, "a victim that doesn't run"
             del self._running[victim.slot]
-            self._release(victim)
-            victim.num_computed = 0
+            self._send_back(victim)
             victim.preemptions += 1
             self.preemptions += 1
-            self._waiting[victim.arrival] = victim
-            self._waiting.move_to_end(victim.arrival, last=False)
-            self._waiting_tokens += victim.num_tokens
             # Whoever is admitted into the blocks just freed takes them from the one they were freed for.
             self._pool_was_full = True
             if victim is sequence:
                 return False
         return True
+
+    def _send_back(self, sequence: SequenceState) -> None:
+        """Take everything from a request and let it wait at the front of the queue."""
+        self._release(sequence)
+        sequence.num_computed = 0
+        self._waiting[sequence.arrival] = sequence
+        self._waiting.move_to_end(sequence.arrival, last=False)
+        self._waiting_tokens += sequence.num_tokens
 
     def _grow(self, sequence: SequenceState) -> tuple[int, ...]:
         """Append a block to a sequence whose blocks are all full: all their tokens but the last few are known by now."""
@@ -292,7 +298,7 @@ class Scheduler:
         if self._pool_was_full:
             return False
         return (
-            self._waiting_tokens >= self._token_budget
+            self._waiting_tokens >= self.budget.now
             or 2 * len(self._running) < self._max_batch_size
             or self._steps_since_admission >= self._prefill_interval
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from engine.blocks import ROOT_KEY, prefix_key
 from engine.request import LimitName, TokenRequest
 from headrace.completion import TokenLogprobs
+from headrace.errors import ContextLengthExceeded, InvalidRequest, KVCapacity
 
 if TYPE_CHECKING:
     from engine.guidance import Guide
@@ -126,3 +127,33 @@ class SequenceState:
             assert start + block_size <= len(tokens), "the key of a block whose tokens are not all known"
             keys.append(prefix_key(keys[-1] if keys else ROOT_KEY, tokens[start : start + block_size]))
         return keys[index]
+
+
+def make_sequence(request: TokenRequest, *, arrival: int, session_len: int, num_blocks: int, block_size: int) -> SequenceState:
+    """Make the state of a request that just came.
+
+    Raise `ContextLengthExceeded` or `KVCapacity` for one that could never run. One whose prompt fits but whose
+    `max_new_tokens` doesn't is cut to what session length and pool leave: it may well end by itself before.
+    """
+    num_prompt = len(request.prompt_ids)
+    capacity = num_blocks * block_size
+    if not num_prompt:
+        raise InvalidRequest("the prompt has no tokens; give it at least one", param="prompt_ids")
+    if num_prompt >= session_len:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_prompt} tokens, the session length is {session_len}; shorten it or raise session_len"
+        )
+    if num_prompt > capacity:
+        raise KVCapacity(
+            f"the prompt has {num_prompt} tokens, the KV pool holds {capacity} "
+            f"({num_blocks} blocks of {block_size}); shorten it or give the engine a larger pool"
+        )
+    # The last token's KV is never computed, so one token more than the pool's positions can be there.
+    room = min(session_len, capacity + 1) - num_prompt
+    fits = request.max_new_tokens <= room
+    return SequenceState(
+        request,
+        arrival=arrival,
+        max_new_tokens=request.max_new_tokens if fits else room,
+        limit=request.limit if fits else "session_len",
+    )

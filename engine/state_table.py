@@ -73,8 +73,6 @@ class StateTable:
         self._device = device
         self.token_ids_SL = torch.zeros((num_slots, self._width), dtype=torch.int32, device=device)
         self._block_tables_SP = torch.zeros((num_slots, self._blocks), dtype=torch.int32, device=device)
-        # How many blocks each slot's table has.
-        self._num_blocks = [0] * num_slots
 
     def admit(self, admitted: Sequence[Admission]) -> None:
         """Fill slots anew: token ids and the blocks to start with."""
@@ -83,13 +81,11 @@ class StateTable:
         ids = [np.array(one.token_ids, dtype=np.int64) for one in admitted]
         places = [np.arange(len(one.token_ids)) + one.slot * self._width for one in admitted]
         self._scatter(self.token_ids_SL, np.concatenate(places), np.concatenate(ids))
-        for one in admitted:
-            self._num_blocks[one.slot] = 0
-        self._append_blocks([(one.slot, one.blocks) for one in admitted])
+        self._append_blocks([(one.slot, 0, one.blocks) for one in admitted])
 
     def inputs(self, plan: StepPlan) -> tuple[StepInputs, SampledRows]:
         """Append the plan's new blocks and lay out its rows (at least one) for the model."""
-        self._append_blocks([(row.slot, row.new_blocks) for row in plan.rows if row.new_blocks])
+        self._append_blocks([(row.slot, row.start, row.new_blocks) for row in plan.rows if row.new_blocks])
         rows, num_rows = plan.rows, len(plan.rows)
         columns = np.array([(row.slot, row.start, row.count, row.scores) for row in rows], dtype=np.int64)
         slots, starts, counts, scores = columns.T
@@ -157,16 +153,19 @@ class StateTable:
         block_T = self._block_tables_SP.view(-1).index_select(0, slot_T * self._blocks + page_T).to(torch.int64)
         return block_T * self._block_size + positions_T - page_T * self._block_size
 
-    def _append_blocks(self, appended: Sequence[tuple[int, Sequence[int]]]) -> None:
+    def _append_blocks(self, appended: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Write blocks into tables: slot, position from which on they are needed, blocks.
+
+        Nothing counts them here: a plan that didn't run for want of memory is followed by another one for the same positions.
+        """
         places: list[range] = []
-        for slot, blocks in appended:
-            first = slot * self._blocks + self._num_blocks[slot]
-            places.append(range(first, first + len(blocks)))
-            self._num_blocks[slot] += len(blocks)
-            assert self._num_blocks[slot] <= self._blocks, "a plan gives a slot more blocks than a session has"
+        for slot, position, blocks in appended:
+            index = -(-position // self._block_size)
+            assert index + len(blocks) <= self._blocks, "a plan gives a slot more blocks than a session has"
+            places.append(range(slot * self._blocks + index, slot * self._blocks + index + len(blocks)))
         if any(places):
             indices = np.fromiter(chain.from_iterable(places), dtype=np.int64)
-            values = np.fromiter(chain.from_iterable(blocks for _, blocks in appended), dtype=np.int64)
+            values = np.fromiter(chain.from_iterable(blocks for *_, blocks in appended), dtype=np.int64)
             self._scatter(self._block_tables_SP, indices, values)
 
     def _scatter(self, table: Tensor, indices: Ints, values: Ints) -> None:

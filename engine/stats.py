@@ -25,6 +25,8 @@ class EngineStats:
     computed_tokens: int
     """Positions that steps computed: prompts, generated tokens, and again what a preemption threw away."""
     preemptions: int
+    steps_put_back: int
+    """Steps that the device had no memory for; what they were to compute was planned again."""
     finished: int
     """Requests that ended by a stop token or at their limit."""
     failed: int

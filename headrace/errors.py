@@ -18,6 +18,7 @@
     └── EngineError                   500 engine_error
         ├── ModelLoadError            500 model_load_error       also a bad path, an unknown architecture, no way to the hub
         ├── KVCapacity                422 kv_capacity            the prompt alone is larger than the KV pool
+        ├── OutOfDeviceMemory         503 out_of_device_memory   not even the request alone fits beside what others hold
         ├── NumericalError            500 numerical_error        NaN logits in one row
         ├── RankLost                  503 rank_lost              an engine process died
         ├── PoisonPrompt              500 poison_prompt          alone in the engine, this prompt killed it
@@ -156,6 +157,13 @@ class KVCapacity(EngineError):
 
     code = "kv_capacity"
     status = 422
+
+
+class OutOfDeviceMemory(EngineError):
+    """The device has no memory left for a step of this request alone; free what other processes hold, or give the pool less."""
+
+    code = "out_of_device_memory"
+    status = 503
 
 
 class NumericalError(EngineError):

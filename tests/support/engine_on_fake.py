@@ -41,9 +41,9 @@ def drain(engine: Engine, *, most_steps: int = 3000):
     raise AssertionError("livelock")
 
 
-def run(requests, *, num_blocks=64, vocab=VOCAB, **options):
+def run(requests, *, num_blocks=64, vocab=VOCAB, memory=None, **options):
     opts = FakeOptions(**options)
-    device = FakeDevice(num_blocks, opts, vocab=vocab)
+    device = FakeDevice(num_blocks, opts, vocab=vocab, memory=memory)
     engine = Engine(device, opts)
     for one in requests:
         engine.add(one)

@@ -8,6 +8,7 @@ token is a hash of the whole visible sequence: any wrong content or order change
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from engine.plan import StepOutput, StepPlan
 from engine.request import TokenRequest
 from headrace.completion import TokenLogprobs
 from headrace.config import GenerationConfig
+from headrace.errors import OutOfDeviceMemory
 
 EOS = 2
 STOP = 7
@@ -129,8 +131,12 @@ class _Done:
 class FakeDevice:
     """Implements `engine.plan.Executor` and checks each plan as it is launched."""
 
-    def __init__(self, num_blocks: int, options: FakeOptions, *, vocab: int = 40) -> None:
+    def __init__(
+        self, num_blocks: int, options: FakeOptions, *, vocab: int = 40, memory: Callable[[StepPlan], bool] | None = None
+    ) -> None:
+        """`memory`: whether a plan fits; one that doesn't stops in the middle and leaves garbage wherever it was to write."""
         self._num_blocks, self._options, self._vocab = num_blocks, options, vocab
+        self._memory = memory
         self.plans: list[StepPlan] = []
         self.read = 0
         self.kv: dict[tuple[int, int], int] = {}
@@ -146,6 +152,9 @@ class FakeDevice:
 
     def launch(self, plan: StepPlan) -> _Done:
         self._check_shape(plan)
+        if self._memory is not None and not self._memory(plan):
+            self._break_off(plan)
+            raise OutOfDeviceMemory
         self.plans.append(plan)
         self.most_in_flight = max(self.most_in_flight, len(self.plans) - self.read)
         for one in plan.admitted:
@@ -164,6 +173,21 @@ class FakeDevice:
                 written.add(place)
                 self.kv[place] = slot.state_at(position)
         return _Done(self, self._sample(plan))
+
+    def _break_off(self, plan: StepPlan) -> None:
+        """Admit, append and write as the step would, but nothing right."""
+        for one in plan.admitted:
+            self.slots[one.slot] = _Slot(one.request, list(one.token_ids), list(one.blocks))
+        self._copy(plan)
+        for row in plan.rows:
+            slot = self.slots[row.slot]
+            self._append(slot, row)
+            for position in range(row.start, row.start + row.count):
+                self.kv[self._place(slot, position)] = -1
+
+    def _append(self, slot: _Slot, row) -> None:
+        if row.new_blocks:
+            slot.blocks[-(-row.start // self._options.block_size) :] = row.new_blocks
 
     def _check_shape(self, plan: StepPlan) -> None:
         assert plan.step == len(self.plans) + 1
@@ -194,7 +218,7 @@ class FakeDevice:
 
     def _read(self, row) -> None:
         slot = self.slots[row.slot]
-        slot.blocks += row.new_blocks
+        self._append(slot, row)
         assert len(set(slot.blocks)) == len(slot.blocks), "a block is twice in a table"
         assert all(0 <= block < self._num_blocks for block in slot.blocks)
         end = row.start + row.count
