@@ -5,6 +5,8 @@ Importing this module opens nothing and reads no environment: `app` is built whe
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
@@ -17,6 +19,7 @@ from api.auth import require_key
 from api.examples import problems as problem_responses
 from api.middleware import BodyLimit, RequestContext
 from api.services import Services
+from headrace.errors import InvalidRequest
 from headrace.log import configure
 from headrace.settings import Settings, get_settings
 
@@ -61,9 +64,28 @@ def create_app(settings: Settings, *, store: Store | None = None, broker: Broker
 
 @cache
 def _default_app() -> FastAPI:
-    settings = get_settings()
+    try:
+        settings = get_settings()
+    except InvalidRequest as error:
+        # The command line of uvicorn is an operator's: a traceback would bury the setting's name.
+        raise SystemExit(f"this API can't start: {error.message}") from None
     configure(settings.log_level)
-    return create_app(settings)
+    app = create_app(settings)
+    _answer_quickly()
+    return app
+
+
+def _answer_quickly() -> None:
+    """Keep one request's work from holding up the others: this process has one lock for all its threads.
+
+    What is loaded stays; looking through all of it for garbage took 70 ms of every few thousand prompts that were stored, in which
+    nothing was answered. And a thread that stores prompts gives the lock up after 1 ms, not 5: a status takes it some five times.
+    """
+    import headrace.store  # noqa: F401  # otherwise loaded with the first request, behind the freeze
+
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(1e-3)
 
 
 def __getattr__(name: str) -> FastAPI:

@@ -84,7 +84,7 @@ def test_with_a_key_everything_under_v1_needs_it(
                 response = http.request(method, path, headers={"authorization": token} if token else {})
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
-                assert response.json()["code"] == "unauthorized"
+                assert response.json()["code"] == "invalid_api_key"
         good = {"authorization": "Bearer s3cret-käy".encode()}
         assert http.get("/v1/batches", headers=good).status_code == 200
         assert http.post("/v1/batches", json={"prompts": ["a"]}, headers=good).status_code == 202
@@ -170,6 +170,15 @@ def test_the_examples_are_accepted_as_they_stand(http: httpx.Client) -> None:
         body: dict[str, Any] = example["value"]
         body.pop("model", None)
         assert http.post("/v1/batches", json=body).status_code == 202
+
+
+def test_a_wrong_setting_is_named_without_a_traceback() -> None:
+    environment = {**os.environ, "HEADRACE_CHUNK_SIZE": "many"}
+    command = [sys.executable, "-m", "uvicorn", "api.app:app", "--port", str(free_port())]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("this API can't start: HEADRACE_CHUNK_SIZE='many'")
+    assert "Traceback" not in done.stderr
 
 
 def test_large_batches_leave_no_memory_behind(settings: Settings, tmp_path: Path) -> None:
