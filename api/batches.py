@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Requ
 from pydantic import AfterValidator, BaseModel
 
 from api import examples
+from api.auth import CallerDep, check_owner
 from api.intake import choose_model, parse_create
 from api.problems import StillBeingStored
 from api.services import Services, ServicesDep
@@ -43,7 +44,19 @@ IdempotencyKey = Annotated[
         description="Send a new random one with each new batch, and the same one when you retry: one batch comes of it.",
     ),
 ]
-BatchId = Annotated[str, Path(description="`batch_` and 32 hex digits."), AfterValidator(check_id)]
+
+
+def visible_batch(
+    batch_id: Annotated[str, Path(description="`batch_` and 32 hex digits."), AfterValidator(check_id)],
+    services: ServicesDep,
+    caller: CallerDep,
+) -> str:
+    """Return the id of a batch that the caller may see. Raises `NotFound`."""
+    check_owner(services, caller, batch_id)
+    return batch_id
+
+
+BatchId = Annotated[str, Depends(visible_batch)]
 
 
 async def read_json_body(request: Request) -> bytearray:
@@ -69,6 +82,7 @@ async def read_json_body(request: Request) -> bytearray:
 )
 def create_batch(
     services: ServicesDep,
+    caller: CallerDep,
     body: Annotated[bytearray, Depends(read_json_body)],
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
@@ -82,6 +96,7 @@ def create_batch(
     create = parse_create(body, settings)
     body.clear()  # it would live until the response is sent, beside the parsed prompts
     model = choose_model(create.model, settings)
+    services.check_room()
     try:
         batch = services.store.create_batch(
             screen(create.prompts, max_bytes=settings.max_prompt_bytes),
@@ -93,6 +108,8 @@ def create_batch(
             completion_window=create.completion_window,
             idempotency_key=_clean_key(idempotency_key),
             max_open_prompts=settings.max_open_prompts,
+            owner=caller.owner,
+            reserved=len(create.prompts),
         )
     except Conflict as error:
         raise StillBeingStored(error.message) from error
@@ -118,12 +135,15 @@ def _accepted(services: Services, batch: Batch) -> Response:
 )
 def list_batches(
     services: ServicesDep,
+    caller: CallerDep,
     after: Annotated[str | None, Query(description="The `last_id` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     status: Annotated[BatchStatus | None, Query(description="Only batches in this state.")] = None,
 ) -> Response:
     """Return a page of batches, newest first."""
-    found = services.store.list_batches(after=None if after is None else check_id(after), limit=limit + 1, status=status)
+    found = services.store.list_batches(
+        after=None if after is None else check_id(after), limit=limit + 1, status=status, owner=caller.scope
+    )
     data = [BatchOut.of(batch) for batch in found[:limit]]
     page = BatchPage(
         data=data,
@@ -185,6 +205,7 @@ def retry_batch(batch_id: BatchId, services: ServicesDep, idempotency_key: Idemp
     long) are left out. 409 when the batch is not over, or nothing of it can be retried.
     """
     settings = services.settings
+    services.check_room()
     batch = services.store.retry_batch(
         batch_id,
         chunk_size=settings.chunk_size,

@@ -162,15 +162,15 @@ CREATE_BODY: Final[dict[str, Any]] = {
 }
 
 _REASONS: Final = {
-    401: "`unauthorized`: no valid API key (only where the server has one).",
+    401: "`invalid_api_key`: no valid API key (only where the server has one).",
     404: "`not_found`, or `model_not_found` naming the models that are served.",
     409: "`conflict`: the batch is not in a state for this, or its first request is still being stored.",
     413: "`payload_too_large`: refused before the body is read; split the batch.",
     415: "The body is not `application/json`.",
     422: "`invalid_request`: `errors` names each wrong field, or the index of each wrong prompt.",
-    429: "`queue_full`: as many prompts wait for an answer as this server accepts; send it again after Retry-After.",
+    429: "`queue_full`: as many prompts wait for an answer as this server accepts, or `quota_exceeded`: as many as this API key may have; send it again after Retry-After.",
     503: "`store_unavailable`: the database can't be reached; try again after Retry-After.",
-    507: "`storage_full`: the database's disk is full; nothing recorded was lost.",
+    507: "`storage_full`: the database's disk is full or nearly so; nothing recorded was lost. Send it again after Retry-After.",
 }
 
 

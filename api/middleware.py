@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import problem_of, problem_response
-from headrace.errors import HeadraceError, PayloadTooLarge
+from headrace.errors import HeadersTooLarge, HeadraceError, PayloadTooLarge
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,12 @@ class RequestContext:
             await problem_response(problem)(scope, receive, send_with_id)
 
 
+MAX_HEADER_BYTES: Final = 32 * 1024
+"""Names and values of all headers of a request. The server reads 64 KiB before it gives up by itself, without a word of ours."""
+
+
 class BodyLimit:
-    """Refuses a body above `max_bytes`: by its Content-Length before a byte is read, else when so much has arrived."""
+    """Refuses large headers, and a body above `max_bytes`: by its Content-Length before a byte is read, else when so much has arrived."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self.app = app
@@ -80,13 +85,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            await self._refuse(HeadersTooLarge(), scope, receive, send)
+            return
         length = Headers(scope=scope).get("content-length", "")
         if length.isascii() and length.isdigit() and int(length) > self.max_bytes:
-            problem = problem_of(
-                self._refusal(f"{int(length):,} bytes"), request_id=scope.get("headrace.request_id"), instance=scope["path"]
-            )
-            # The unread body makes this connection useless for another request.
-            await problem_response(problem, {"connection": "close"})(scope, receive, send)
+            await self._refuse(self._refusal(f"{int(length):,} bytes"), scope, receive, send)
             return
         count = 0
 
@@ -99,6 +103,11 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+    async def _refuse(self, error: HeadraceError, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = problem_of(error, request_id=scope.get("headrace.request_id"), instance=scope["path"])
+        # The unread body makes this connection useless for another request.
+        await problem_response(problem, {"connection": "close"})(scope, receive, send)
 
     def _refusal(self, size: str) -> PayloadTooLarge:
         return PayloadTooLarge(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from fastapi import Depends, Request
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from headrace.store import Store
 
 log = logging.getLogger(__name__)
+
+KEYS_SEEN_S: Final = 1.0
+"""How long an open door stays open after the first key was made: a look into the database for each request would cost more than this."""
 
 
 class Services:
@@ -35,6 +38,9 @@ class Services:
         self._broker = broker
         self._owns_store = store is None
         self._owns_broker = broker is None
+        # What was true once stays true; what was not is looked up again.
+        self._asks_for_keys = False
+        self._look_for_keys_at = 0.0
 
     @property
     def store(self) -> Store:
@@ -58,6 +64,17 @@ class Services:
             if self._broker is None:
                 self._broker = Broker(make_celery(self.settings))
             return self._broker
+
+    def asks_for_keys(self) -> bool:
+        """Whether a caller needs a key: the operator set one, or made one. The first key shuts the door within `KEYS_SEEN_S`."""
+        if not self._asks_for_keys and time.monotonic() >= self._look_for_keys_at:
+            self._asks_for_keys = bool(self.settings.api_key) or self.store.keys.any()
+            self._look_for_keys_at = time.monotonic() + KEYS_SEEN_S
+        return self._asks_for_keys
+
+    def check_room(self) -> None:
+        """Raise `StorageFull` before anything is stored that the database has no room for."""
+        self.store.check_room(max_bytes=self.settings.max_database_bytes, min_free_bytes=self.settings.min_free_bytes)
 
     def send_chunks(self, *, model: str) -> Literal["sent", "unavailable"]:
         """Send what fits into the model's window. Never raises: the batch is committed, and the reconciler sends what isn't sent here."""

@@ -4,11 +4,12 @@
     ├── InvalidRequest (ValueError)   422 invalid_request        the caller sent something that can never work
     │   ├── UnsupportedOption         422 unsupported_option     a documented option that this build refuses by name
     │   └── ContextLengthExceeded     422 context_length_exceeded
-    ├── Unauthorized                  401 unauthorized
+    ├── Unauthorized                  401 invalid_api_key
     ├── NotFound                      404 not_found
     │   └── ModelNotFound             404 model_not_found
     ├── Conflict                      409 conflict
     ├── PayloadTooLarge               413 payload_too_large
+    │   └── HeadersTooLarge           431 headers_too_large
     ├── QueueFull                     429 queue_full
     │   └── QuotaExceeded             429 quota_exceeded         the caller's API key is at one of its limits
     ├── StorageFull                   507 storage_full
@@ -68,7 +69,7 @@ class ContextLengthExceeded(InvalidRequest):
 class Unauthorized(HeadraceError):
     """No valid API key came with the request; send `Authorization: Bearer <key>`."""
 
-    code = "unauthorized"
+    code = "invalid_api_key"
     status = 401
 
 
@@ -97,6 +98,13 @@ class PayloadTooLarge(HeadraceError):
 
     code = "payload_too_large"
     status = 413
+
+
+class HeadersTooLarge(PayloadTooLarge):
+    """The request's headers are larger than this server accepts; send fewer or shorter ones."""
+
+    code = "headers_too_large"
+    status = 431
 
 
 class QueueFull(HeadraceError):

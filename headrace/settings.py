@@ -70,6 +70,10 @@ class Settings:
     """Most prompts in one batch."""
     max_open_prompts: int = 20_000_000
     """While so many prompts of all batches wait for an answer, further batches are refused with 429."""
+    max_database_bytes: float = math.inf
+    """While the database is larger, new batches are refused with 507; inf: never."""
+    min_free_bytes: int = 256 * 1024 * 1024
+    """While SQLite's disk has less space left, new batches are refused with 507: what is accepted must find room for its answers."""
     retention_s: float = math.inf
     """Batches that have been over for so long are deleted with their results; inf: never."""
     api_key: str = ""

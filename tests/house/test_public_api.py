@@ -11,7 +11,15 @@ import headrace
 
 PUBLIC = {
     *("Batch", "BatchStatus", "ChatTemplateConfig", "Choice", "Client", "Completion", "CompletionError", "Conflict"),
-    *("ContextLengthExceeded", "EngineError", "GenerationConfig", "HeadraceError", "InvalidRequest", "KVCapacity"),
+    *(
+        "ContextLengthExceeded",
+        "EngineError",
+        "GenerationConfig",
+        "HeadersTooLarge",
+        "HeadraceError",
+        "InvalidRequest",
+        "KVCapacity",
+    ),
     *("ModelLoadError", "ModelNotFound", "NotFound", "NumericalError", "PayloadTooLarge", "PoisonPrompt"),
     *(
         "PytorchEngineConfig",
