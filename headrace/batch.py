@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from headrace.completion import CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
@@ -62,6 +62,23 @@ class Item:
     """None: the batch's."""
     custom_id: str | None = None
     """What its sender calls it."""
+
+
+OutputKind = Literal["output", "errors"]
+"""The two files that a batch's completions make: the answers, and the errors."""
+
+
+class OutputRow(NamedTuple):
+    """A completion as it is stored."""
+
+    position: int
+    custom_id: str | None
+    error_code: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    recorded_at: float
+    body: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

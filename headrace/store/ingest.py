@@ -80,10 +80,10 @@ class Ingests:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create(self, order: Order, file_id: str, *, resent: int = 0) -> str:
+    def create(self, order: Order, file_id: str, *, scope: str | None = None, resent: int = 0) -> str:
         """Store a batch that is to be read from a file, and return its id.
 
-        `resent`: how often the sender has sent this very request before. When that is above 0, the batch of an earlier sending is
+        `scope`: the owner whose files may be used; None: everybody's. `resent`: how often the sender has sent this very request before. When that is above 0, the batch of an earlier sending is
         returned: the same file, order and owner, not older than `RESEND_S`, and last answered to a sending before this one. So is
         the batch of an equal request with the same idempotency key. Raises `NotFound`, `InvalidRequest` (the key was used with
         another content), `QueueFull`.
@@ -92,7 +92,7 @@ class Ingests:
 
         def work(connection: Connection) -> str:
             # Whoever else makes a batch of this file waits here: a request that is sent again finds what the first one made.
-            file = files.lock(connection, file_id, owner=order.owner)
+            file = files.lock(connection, file_id, owner=scope)
             digest = content_hash(order, file_id)
             if resent > 0 and order.idempotency_key is None and (known := _sent_before(connection, digest, order, resent)):
                 return known

@@ -16,11 +16,11 @@ from typing import Any, Self
 
 from sqlalchemy import text
 
-from headrace.batch import Batch, BatchStatus, Item
+from headrace.batch import Batch, BatchStatus, Item, OutputKind, OutputRow
 from headrace.completion import Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, NotFound
-from headrace.store import batches, chunks, creation, lifecycle, results, schema, turns, workers
+from headrace.store import batches, chunks, creation, lifecycle, outputs, results, schema, turns, workers
 from headrace.store.admission import check_room
 from headrace.store.files import Files
 from headrace.store.ingest import Ingests
@@ -316,6 +316,10 @@ class Store:
         while found := self.results(batch_id, after=after, limit=page):
             yield from found
             after = found[-1].index
+
+    def output_rows(self, batch_id: str, kind: OutputKind, *, after: int = -1, limit: int = 500) -> list[OutputRow]:
+        """Return up to `limit` answers ('output') or errors ('errors') with an index above `after`, by index, with their custom_ids."""
+        return self._database.read(lambda connection: outputs.page(connection, batch_id, kind, after=after, limit=limit))
 
     # Workers
 
