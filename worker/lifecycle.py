@@ -1,6 +1,7 @@
 """How a worker process comes up and goes down, as steps of Celery's worker.
 
-up      open the store (waiting for it) → load the model → register → consume.   No message is fetched before.
+up      open the store (waiting for it) → record what a killed worker left → load the model → register → consume.
+        No message is fetched before.
 down    SIGTERM → fetch nothing more → chunks in flight may end → the rest is handed back → rows written → engine closed
 over    the model can't be loaded, or the engine is lost: exit status 1 and a message that says what to do
 """
@@ -20,8 +21,9 @@ from headrace.errors import HeadraceError
 from headrace.settings import Settings
 from headrace.store import Store
 from worker.host import EngineHost, load_frontend
-from worker.outage import ride_out
+from worker.outage import Outage
 from worker.runtime import Chore, Runtime
+from worker.salvage import salvage
 from worker.visibility import VisibilityRenewer
 
 log = logging.getLogger(__name__)
@@ -107,12 +109,14 @@ def bring_up(settings: Settings, app: Celery, *, name: str) -> Runtime:
     """Open the store, load the model and start the threads. Raise the `HeadraceError` that makes it impossible."""
     arm(settings.crash_at)
     store = Store(settings.database_url)
-    ride_out(store.check_schema, what="the start of this worker")
+    outage = Outage()
+    outage.ride_out(store.check_schema, what="the start of this worker")
+    salvage(store, settings.spool_dir, outage)
     log.info("loading %s", settings.model, extra={"event": "model_loading", "model": settings.model})
     host = EngineHost(partial(load_frontend, settings), stall_s=settings.engine_stall_s)
     try:
         runtime = Runtime(settings, store=store, broker=Broker(app), host=host, name=name)
-        ride_out(runtime.start, what="the registration of this worker")
+        outage.ride_out(runtime.start, what="the registration of this worker")
     except BaseException:
         host.close()
         raise
@@ -138,9 +142,15 @@ class VisibilityStep(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         """Follow the channel of a connection that has just been made."""
         self._renewer.follow(consumer.task_consumer.channel)
+        self._close_gate(consumer.task_consumer.channel.qos)
         if not self._started:
             self._started = True
             self._chore.start()
+
+    def _close_gate(self, qos: Any) -> None:
+        """Let no message in while a chunk could not be worked on: other workers may be able to."""
+        has_room = qos.can_consume
+        qos.can_consume = lambda: runtime_of(self._app).takes_chunks and has_room()
 
     def stop(self, consumer: Any) -> None:
         """Go on: chunks in flight keep their messages until they are acknowledged, while the worker drains."""

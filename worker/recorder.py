@@ -1,26 +1,30 @@
 """Completions on their way to SQL: one thread writes the rows of all chunks in flight, many to a transaction.
 
     engine's reader thread ── Ledger.add ──▶ rows in memory ── flushing thread ──▶ one transaction ──▶ the ledgers of its chunks
+                                                   └── that SQL has not taken for a while ──▶ the spool on disk, until it has
 
 Memory is bounded without a limit of its own: a chunk's task ends only when its rows are written, so no more than
 `worker_concurrency` chunks of rows can wait here. While the store is away they wait, no new chunk starts, and the engine runs dry.
+The spool is their second copy: it is read only by the worker that comes after this one was killed.
 
 This module knows no Celery and no engine.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.store import RecordStatus
-from worker.outage import ride_out
+from worker.outage import HEALS, Outage
+from worker.spool import Spool, SpoolFull
 
 if TYPE_CHECKING:
     from headrace.completion import Completion
@@ -42,6 +46,8 @@ class Verdict(StrEnum):
     """The engine gave up; the rest of the chunk is for another worker."""
     DRAINED = "drained"
     """This worker is going down; the rest of the chunk is handed back."""
+    OUT_OF_ROOM = "out_of_room"
+    """The store is away and the spool is full; the rest of the chunk is handed back when the store has taken what is ready."""
     BROKEN = "broken"
     """The store refused the rows with an error that no waiting heals."""
 
@@ -49,6 +55,8 @@ class Verdict(StrEnum):
 class Row(NamedTuple):
     """One completion and the ledger that waits for it."""
 
+    number: int
+    """1 for the first row of this process; rows are written in this order."""
     ledger: Ledger
     completion: Completion
     arrived: float
@@ -108,13 +116,23 @@ class Ledger:
 class Recorder:
     """Start with `start`; each claimed chunk then takes a ledger with `open`."""
 
-    def __init__(self, store: Store, *, flush_rows: int, flush_interval_s: float) -> None:
+    def __init__(self, store: Store, *, flush_rows: int, flush_interval_s: float, spool: Spool, outage: Outage) -> None:
         """Begin a transaction when `flush_rows` completions wait, the oldest has waited `flush_interval_s`, or a chunk is complete."""
         self.changed = threading.Condition()
         self._store = store
+        self._outage = outage
         self._flush_rows = flush_rows
         self._flush_interval_s = flush_interval_s
+        self._numbers = itertools.count(1)
         self._rows: deque[Row] = deque()
+        # Taken from `_rows` for the transaction that is under way.
+        self._in_hand: list[Row] = []
+        self._spool = spool
+        # Guards the two below and the order of what is done to the spool; taken before `changed`, never after it.
+        self._saving = threading.Lock()
+        # Rows up to these numbers are on disk, and settled: written, or wanted by nobody any more.
+        self._saved = 0
+        self._settled = 0
         # Whether rows wait that complete a chunk: nothing is gained by keeping its task, and the batch's end, waiting.
         self._is_urgent = False
         self._ledgers: set[Ledger] = set()
@@ -147,7 +165,24 @@ class Recorder:
     @property
     def rows_waiting(self) -> int:
         """Completions that are not in SQL yet."""
-        return len(self._rows)
+        return len(self._rows) + len(self._in_hand)
+
+    def save_waiting(self, *, age_s: float) -> None:
+        """When a row has waited for `age_s` seconds, put all that wait and are not there yet on disk. Raise `SpoolFull`."""
+        with self._saving:
+            with self.changed:
+                waiting = itertools.chain(self._in_hand, self._rows)
+                rows = [row for row in waiting if row.number > self._saved and row.ledger.wants_rows]
+            if not rows or time.monotonic() - rows[0].arrived < age_s:
+                return
+            self._spool.append((ledger.claim, completions) for ledger, completions in _by_ledger(rows).items())
+            self._saved = rows[-1].number
+            self._clear_spool()
+
+    def _clear_spool(self) -> None:
+        """Give the spool up if all that is in it is settled. The caller holds `_saving`."""
+        if self._spool.size and self._settled >= self._saved:
+            self._spool.clear()
 
     def take(self, ledger: Ledger, completion: Completion) -> None:
         """Queue one row. Called by `Ledger.add`."""
@@ -155,7 +190,7 @@ class Recorder:
             if not ledger.wants_rows:
                 return
             ledger.arrived += 1
-            self._rows.append(Row(ledger, completion, time.monotonic()))
+            self._rows.append(Row(next(self._numbers), ledger, completion, time.monotonic()))
             is_complete = ledger.arrived == ledger.owed
             self._is_urgent = self._is_urgent or is_complete
             # The flusher sleeps until the oldest row is due: of other rows it need not hear.
@@ -163,7 +198,7 @@ class Recorder:
                 self.changed.notify_all()
 
     def close(self, *, timeout_s: float) -> None:
-        """Write what waits, for `timeout_s` at most, and end the thread. What could not be written is computed again."""
+        """Write what waits, for `timeout_s` at most, and end the thread. What could not be written stays in the spool."""
         with self.changed:
             self._closing = True
             self.changed.notify_all()
@@ -171,15 +206,35 @@ class Recorder:
             return
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            log.error(
-                "the store is still away: %d completions are dropped and will be computed again by the next worker", len(self._rows),
-                extra={"event": "rows_dropped", "rows": len(self._rows)},
-            )  # fmt: skip
+            self._leave_to_the_next()
             self._give_up = True
+        self._spool.close()
+
+    def _leave_to_the_next(self) -> None:
+        count = self.rows_waiting
+        try:
+            self.save_waiting(age_s=0)
+        except SpoolFull as error:
+            log.error(  # noqa: TRY400  # a full disk is no bug: no traceback
+                "the store is still away and the spool takes no more (%s): of %d completions some are dropped and will be computed again",
+                error, count, extra={"event": "rows_dropped", "rows": count},
+            )  # fmt: skip
+        else:
+            log.warning(
+                "the store is still away: %d completions wait in %s for the next worker on this host", count, self._spool.path,
+                extra={"event": "rows_left_in_spool", "rows": count, "path": str(self._spool.path)},
+            )  # fmt: skip
 
     def _run(self) -> None:
         while rows := self._next_rows():
-            self._write(rows)
+            try:
+                self._write(rows)
+            except HEALS:
+                return  # closed before the store was back
+            with self._saving:
+                self._in_hand = []
+                self._settled = rows[-1].number
+                self._clear_spool()
 
     def _next_rows(self) -> list[Row]:
         """Wait for the next transaction's rows. Empty: closed, and nothing is left."""
@@ -195,42 +250,53 @@ class Recorder:
                 self.changed.wait(due)
             if len(self._rows) <= self._flush_rows:
                 self._is_urgent = False
-            return [self._rows.popleft() for _ in range(min(self._flush_rows, len(self._rows)))]
+            self._in_hand = [self._rows.popleft() for _ in range(min(self._flush_rows, len(self._rows)))]
+            return self._in_hand
 
     def _write(self, rows: Sequence[Row]) -> None:
         """Write one transaction; when it is refused, each chunk by itself, so that one chunk's trouble stays its own."""
-        by_ledger: dict[Ledger, list[Completion]] = {}
-        for row in rows:
-            if row.ledger.wants_rows:
-                by_ledger.setdefault(row.ledger, []).append(row.completion)
-        groups = [dict([item]) for item in by_ledger.items()]
+        by_ledger = _by_ledger(row for row in rows if row.ledger.wants_rows)
         try:
             if by_ledger:
                 self._record(by_ledger)
+        except HEALS:
+            raise
         except Exception as error:
-            if len(groups) == 1:
+            if len(by_ledger) == 1:
                 self._break(next(iter(by_ledger)), error)
                 return
-            for group in groups:
+            for ledger, completions in by_ledger.items():
                 try:
-                    self._record(group)
+                    self._record({ledger: completions})
+                except HEALS:
+                    raise
                 except Exception as own_error:
-                    self._break(next(iter(group)), own_error)
+                    self._break(ledger, own_error)
 
     def _record(self, by_ledger: dict[Ledger, list[Completion]]) -> None:
         items = [(ledger.claim, completions) for ledger, completions in by_ledger.items()]
         count = sum(len(completions) for _, completions in items)
-        results = ride_out(
+        results = self._outage.ride_out(
             lambda: self._store.record_many(items), what=f"a transaction of {count} completions", give_up=lambda: self._give_up
         )
+        self._record_late([item for item, result in zip(items, results, strict=True) if result.status is RecordStatus.FENCED])
         with self.changed:
             for (ledger, completions), result in zip(by_ledger.items(), results, strict=True):
                 self._book(ledger, completions, result)
             self.changed.notify_all()
 
+    def _record_late(self, items: Sequence[tuple[Claim, Sequence[Completion]]]) -> None:
+        """Answers that outlived an outage on disk count, though their chunk was taken meanwhile, as they would after a kill."""
+        if items and self._saved >= self._in_hand[0].number:
+            late = self._outage.ride_out(
+                lambda: self._store.record_late(items), what="late completions", give_up=lambda: self._give_up
+            )
+            self.rows_written += sum(result.inserted for result in late)
+
     def _book(self, ledger: Ledger, completions: Sequence[Completion], result: RecordResult) -> None:
         if result.status is not RecordStatus.OK:
-            ledger.verdict = ledger.verdict or Verdict(result.status)
+            # Also where the work had ended otherwise: nobody is to wait for rows that are not wanted.
+            ledger.verdict = Verdict(result.status)
             return
         self.rows_written += result.inserted
         ledger.recorded += len(completions)
@@ -248,3 +314,10 @@ class Recorder:
             ledger.error = error
             ledger.verdict = Verdict.BROKEN
             self.changed.notify_all()
+
+
+def _by_ledger(rows: Iterable[Row]) -> dict[Ledger, list[Completion]]:
+    found: dict[Ledger, list[Completion]] = {}
+    for row in rows:
+        found.setdefault(row.ledger, []).append(row.completion)
+    return found

@@ -4,6 +4,7 @@
     lease keeper   a quarter of a lease    renews the SQL leases of the chunks in flight, and finds out which were lost or cancelled
     heartbeat      5 s                     tells the store that this worker lives, with its figures
     reconciler     reconcile_interval_s    expires and deletes batches, and sends what SQL has and Redis lost
+    spool          1 s                     puts answers on disk that SQL has not taken for a while
 
 This module knows no Celery; `worker.lifecycle` starts and ends it, `worker.tasks` works with it.
 """
@@ -24,8 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 from headrace.broker import Broker, dispatch
 from headrace.errors import HeadraceError, QueueUnavailable
 from worker.host import EngineHost
-from worker.outage import HEALS
+from worker.outage import HEALS, Outage
 from worker.recorder import Recorder, Verdict
+from worker.spool import Spool, SpoolFull
 
 if TYPE_CHECKING:
     from headrace.settings import Settings
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 5.0
+SPOOL_EVERY_S: Final = 1.0
 CLOSE_PATIENCE_S: Final = 10.0
 """How long a closing worker waits for the database to take its last rows."""
 
@@ -81,7 +84,15 @@ class Runtime:
         self.broker = broker
         self.host = host
         self.worker_id = f"{name or f'worker@{socket.gethostname()}'}#{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.recorder = Recorder(store, flush_rows=settings.flush_rows, flush_interval_s=settings.flush_interval_s)
+        self.outage = Outage()
+        self._spool = Spool(settings.spool_dir, store=store.mark, worker=self.worker_id, max_bytes=settings.spool_bytes)
+        self.recorder = Recorder(
+            store,
+            flush_rows=settings.flush_rows,
+            flush_interval_s=settings.flush_interval_s,
+            spool=self._spool,
+            outage=self.outage,
+        )
         self.draining = threading.Event()
         """Set: no chunk is taken any more."""
         self.on_trouble: Callable[[str], None] = lambda _: None
@@ -96,6 +107,7 @@ class Runtime:
             Chore("lease-keeper", self.keep_leases, every_s=min(settings.lease_s / 4, 2.0)),
             Chore("heartbeat", self.beat, every_s=HEARTBEAT_S),
             Chore("reconciler", self.reconcile, every_s=settings.reconcile_interval_s),
+            Chore("spool", self.save_waiting, every_s=SPOOL_EVERY_S),
         )
 
     def start(self) -> None:
@@ -129,6 +141,26 @@ class Runtime:
             if claim not in held:
                 ledger.settle(Verdict.FENCED)
 
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether another chunk makes sense now: not while the store is away, and not while it is behind with the rows of the last."""
+        return not (self.draining.is_set() or self.outage.is_on or self._spool.size)
+
+    def save_waiting(self) -> None:
+        """Put answers on disk that SQL has not taken for a while. Where there is no room, nothing more is computed."""
+        try:
+            self.recorder.save_waiting(age_s=self.settings.flush_interval_s + SPOOL_EVERY_S)
+        except SpoolFull as error:
+            at_work = [ledger for ledger in self.recorder.ledgers() if ledger.verdict is None]
+            if at_work:
+                log.error(  # noqa: TRY400  # a full disk is no bug: no traceback
+                    "the store is away and the spool takes no more (%s): %d chunks stop here; what is ready of them waits in memory, "
+                    "the rest is computed when the store is back", error, len(at_work),
+                    extra={"event": "spool_full", "chunks": len(at_work), "rows": self.recorder.rows_waiting},
+                )  # fmt: skip
+            for ledger in at_work:
+                ledger.settle(Verdict.OUT_OF_ROOM)
+
     def check_engine(self) -> None:
         """Look after the engine. One that answers no more ends the work: chunks are handed back, the process is asked to end."""
         trouble = self.host.trouble()
@@ -154,6 +186,7 @@ class Runtime:
             "chunks_done": self._chunks_done,
             "rows_recorded": self.recorder.rows_written,
             "rows_waiting": self.recorder.rows_waiting,
+            "spool_bytes": self._spool.size,
             "prompts_in_engine": self.host.prompts_inside,
             "engine": dict(self.host.frontend.stats()),
         }

@@ -18,7 +18,7 @@ from headrace.config import Prompt
 from headrace.crash import crash_point
 from headrace.errors import InvalidRequest
 from headrace.store import ChunkMessage, Claim
-from worker.outage import HEALS, ride_out
+from worker.outage import HEALS
 from worker.recorder import Ledger, Verdict
 from worker.runtime import Runtime
 
@@ -36,6 +36,7 @@ _ENDINGS: Final[Mapping[Verdict, str]] = {
     Verdict.CANCELLED: "the batch is over",
     Verdict.ENGINE_LOST: "handed back: the engine was lost",
     Verdict.DRAINED: "handed back: this worker is going down",
+    Verdict.OUT_OF_ROOM: "handed back: the store was away and the spool full",
 }
 
 
@@ -91,7 +92,7 @@ def _claim(work: Runtime, message: ChunkMessage) -> Claim | None:
     try:
         if work.draining.is_set():
             raise Reject("this worker is going down", requeue=True)
-        return ride_out(
+        return work.outage.ride_out(
             lambda: work.store.claim_chunk(message.chunk_id, worker=work.worker_id, lease_s=work.settings.lease_s),
             what=f"the claim on chunk {message.chunk_id}",
             give_up=work.draining.is_set,
@@ -102,7 +103,9 @@ def _claim(work: Runtime, message: ChunkMessage) -> Claim | None:
 
 def _pending(work: Runtime, claim: Claim, message: ChunkMessage) -> list[tuple[int, Prompt]]:
     """Return the message's prompts whose indexes have no row yet, with their indexes: after a crash, the rest of the chunk."""
-    pending = ride_out(lambda: work.store.pending(claim), what=f"chunk {claim.chunk_id}", give_up=work.draining.is_set)
+    pending = work.outage.ride_out(
+        lambda: work.store.pending(claim), what=f"chunk {claim.chunk_id}", give_up=work.draining.is_set
+    )
     prompts = ((item.index, message.prompts[item.index - message.start]) for item in pending)
     return [(index, prompt) for index, prompt in prompts if prompt is not None]
 
@@ -122,11 +125,13 @@ def _close(work: Runtime, ledger: Ledger, verdict: Verdict) -> None:
         raise ledger.error
     if verdict is Verdict.RECORDED:
         crash_point("after_flush_before_ack")
-        ride_out(
+        work.outage.ride_out(
             lambda: work.store.finish_chunk(claim), what=f"the end of chunk {claim.chunk_id}", give_up=work.draining.is_set
         )
         crash_point("before_ack")
-    elif verdict in (Verdict.ENGINE_LOST, Verdict.DRAINED):
+    elif verdict in (Verdict.ENGINE_LOST, Verdict.DRAINED, Verdict.OUT_OF_ROOM):
+        while verdict is Verdict.OUT_OF_ROOM and not (ledger.wait_written(PROGRESS_S) or work.draining.is_set()):
+            pass  # the chunk is this worker's until the store is back: it has the answers
         if not ledger.wait_written(WRITE_PATIENCE_S):
             log.warning(
                 "chunk %s can't be handed back while the store is away; its lease runs out instead", claim.chunk_id,

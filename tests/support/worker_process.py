@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -44,7 +45,11 @@ class HeadraceProcess:
 
     def start(self) -> Self:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
-        environ |= {**self.settings.to_environ(), "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        settings = self.settings
+        if settings.spool_dir == Settings().spool_dir:
+            # In the checkout a killed worker would leave its spool to the workers of other tests.
+            settings = dataclasses.replace(settings, spool_dir=self.log.parent / "spool")
+        environ |= {**settings.to_environ(), "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self._arguments],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from echo_frontend import EchoFrontend
+from outage_bench import OutageBench
 from servers import RedisServer
 
 from headrace.broker import Broker, make_celery
@@ -28,6 +29,7 @@ def settings(redis_server: RedisServer, tmp_path: Path) -> Settings:
         reconcile_interval_s=3600.0,
         requeue_grace_s=0.2,
         dispatch_window=8,
+        spool_dir=tmp_path / "spool",
     )
 
 
@@ -79,3 +81,17 @@ def make_runtime(settings: Settings, store: Store, broker: Broker) -> Iterator[C
 @pytest.fixture
 def runtime(make_runtime: Callable[..., Runtime], engine: EchoFrontend) -> Runtime:
     return make_runtime(engine)
+
+
+@pytest.fixture
+def outage_bench(tmp_path: Path) -> Iterator[Callable[..., OutageBench]]:
+    """Makes a claimed chunk whose recorder has a store that can be broken."""
+    made: list[OutageBench] = []
+
+    def make(*, rows: int) -> OutageBench:
+        made.append(OutageBench(f"sqlite:///{tmp_path}/headrace.db", tmp_path / "spool", rows=rows))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.close()

@@ -13,7 +13,9 @@ from headrace.completion import Completion
 from headrace.config import GenerationConfig
 from headrace.errors import StorageFull, StoreUnavailable
 from headrace.store import Claim, RecordResult, Store
+from worker.outage import Outage
 from worker.recorder import Ledger, Recorder, Verdict
+from worker.spool import Spool
 
 
 class WatchedStore(Store):
@@ -39,10 +41,20 @@ def store(settings) -> WatchedStore:
     store.close()
 
 
-@pytest.fixture
-def recorder(store: WatchedStore):
-    recorder = Recorder(store, flush_rows=32, flush_interval_s=0.1)
+def begin(store: WatchedStore, spool: Spool, *, flush_rows: int, flush_interval_s: float) -> Recorder:
+    recorder = Recorder(store, flush_rows=flush_rows, flush_interval_s=flush_interval_s, spool=spool, outage=Outage())
     recorder.start()
+    return recorder
+
+
+@pytest.fixture
+def spool(settings, store: WatchedStore) -> Spool:
+    return Spool(settings.spool_dir, store=store.mark, worker="me", max_bytes=10**6)
+
+
+@pytest.fixture
+def recorder(store: WatchedStore, spool: Spool):
+    recorder = begin(store, spool, flush_rows=32, flush_interval_s=0.1)
     yield recorder
     recorder.close(timeout_s=5)
 
@@ -87,9 +99,8 @@ def test_a_lone_row_waits_for_the_interval_and_no_longer(store: WatchedStore, re
         assert 0.05 < time.monotonic() - started < 1.5
 
 
-def test_the_last_row_of_a_chunk_is_written_at_once(store: WatchedStore) -> None:
-    recorder = Recorder(store, flush_rows=1000, flush_interval_s=60)
-    recorder.start()
+def test_the_last_row_of_a_chunk_is_written_at_once(store: WatchedStore, spool: Spool) -> None:
+    recorder = begin(store, spool, flush_rows=1000, flush_interval_s=60)
     _, [claim] = claims_of(store, 20, chunk_size=64)
     with recorder.open(claim, owed=20) as ledger:
         fill(ledger, range(20))
@@ -162,9 +173,8 @@ def test_a_settled_chunk_still_gets_its_rows_written(store: WatchedStore, record
     assert indexes_in(store, batch_id) == list(range(5))
 
 
-def test_closing_writes_what_waits(store: WatchedStore) -> None:
-    recorder = Recorder(store, flush_rows=1000, flush_interval_s=60)
-    recorder.start()
+def test_closing_writes_what_waits(store: WatchedStore, spool: Spool) -> None:
+    recorder = begin(store, spool, flush_rows=1000, flush_interval_s=60)
     batch_id, [claim] = claims_of(store, 8, chunk_size=8)
     with recorder.open(claim, owed=8) as ledger:
         fill(ledger, range(7))
@@ -173,9 +183,8 @@ def test_closing_writes_what_waits(store: WatchedStore) -> None:
     assert indexes_in(store, batch_id) == list(range(7))
 
 
-def test_closing_while_the_store_is_away_comes_to_an_end(store: WatchedStore) -> None:
-    recorder = Recorder(store, flush_rows=4, flush_interval_s=0.01)
-    recorder.start()
+def test_closing_while_the_store_is_away_comes_to_an_end(store: WatchedStore, spool: Spool) -> None:
+    recorder = begin(store, spool, flush_rows=4, flush_interval_s=0.01)
     _, [claim] = claims_of(store, 8, chunk_size=8)
     store.failing = lambda claims: StoreUnavailable()
     with recorder.open(claim, owed=8) as ledger:
