@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from engine.draft import PlannedStep
 from engine.guidance import Guide, Guides, Masking, Row
-from engine.plan import Executor, RunningStep
+from engine.plan import Executor, RunningStep, StepOutput
 from engine.request import TokenOutput, TokenRequest
 from engine.scheduler import Scheduler
+from engine.scheduling_options import SchedulingOptions
 from engine.sequence import SequenceState
 from engine.stats import EngineStats
 from headrace.completion import CompletionError, FinishReason, TokenLogprobs
@@ -34,45 +35,18 @@ _PAUSE_S = 0.1
 """How often, and with what pause, the smallest step is tried: another process may hold the memory for a moment only."""
 
 
-class SchedulingOptions(Protocol):
-    """What the engine reads of `EngineOptions`."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per KV block."""
-        ...
-
-    @property
-    def max_batch_size(self) -> int:
-        """Most requests that run at once."""
-        ...
-
-    @property
-    def max_prefill_token_num(self) -> int:
-        """Most tokens that one step computes."""
-        ...
-
-    @property
-    def prefill_interval(self) -> int:
-        """Most steps between two admissions while prompts wait and could be admitted."""
-        ...
-
-    @property
-    def enable_prefix_caching(self) -> bool:
-        """Whether equal prefixes share KV blocks."""
-        ...
-
-    @property
-    def session_len(self) -> int:
-        """Most tokens of one request, prompt and output."""
-        ...
-
-
 class _Launched(NamedTuple):
     """A step on the device, and whose tokens it will give."""
 
     planned: PlannedStep
     running: RunningStep
+
+
+class _Masked(NamedTuple):
+    """Masks under way for the step launched last, and whose they are."""
+
+    masking: Masking
+    sequences: list[SequenceState]
 
 
 class Engine:
@@ -109,7 +83,7 @@ class Engine:
         self._live: dict[str, SequenceState] = {}
         # The step whose tokens the host hasn't read, and the masks that it waits for.
         self._previous: _Launched | None = None
-        self._masking: Masking | None = None
+        self._masking: _Masked | None = None
         # Reports that belong to no step (refused or aborted requests); the next step() gives them.
         self._reports: list[TokenOutput] = []
         self._steps = 0
@@ -179,11 +153,10 @@ class Engine:
         """Launch the next step, then read the previous one's tokens while it runs; return what there is to report."""
         if self._is_compiling:
             self._queue_compiled()
+        self._choose()
         planned = self._scheduler.plan()
         launched = None if planned is None else self._launch(planned)
-        outputs = self._commit(self._previous)
-        if launched is not None and self._is_guiding:
-            launched = self._guide(launched, outputs)
+        outputs = self._commit(self._previous, launched)
         self._previous = launched
         if not self.has_work:
             self.check_integrity()
@@ -240,12 +213,14 @@ class Engine:
                     self._cached_tokens += sequence.cached_tokens
         return _Launched(planned, running)
 
-    def _commit(self, step: _Launched | None) -> list[TokenOutput]:
+    def _commit(self, step: _Launched | None, following: _Launched | None) -> list[TokenOutput]:
         """Read a step's tokens: each belongs to a request that goes on, ends by it, or had ended before it."""
         outputs, self._reports = self._reports, []
-        if step is None:
+        result = None if step is None else step.running.result()
+        if self._is_guiding:
+            self._guide(step, result, following)
+        if step is None or result is None:
             return outputs
-        result = step.running.result()
         invalid, logprobs = result.invalid, result.logprobs
         for (sequence, start), scores in zip(step.planned.scored, result.prompt_logprobs, strict=True):
             # By position: what a preemption lets be computed again says the same again.
@@ -293,23 +268,38 @@ class Engine:
         self._hopeless = 0
         self._reports += [self._end(sequence, "error", error=CompletionError.of(error)) for sequence in whose]
 
-    def _guide(self, step: _Launched, outputs: list[TokenOutput]) -> _Launched | None:
-        """Say what the launched step may choose, now that all tokens before its own are known; report who can't go on."""
-        guided = [(entry, one) for entry, one in enumerate(step.planned.sampled) if one.guide is not None]
-        if not guided:
-            return step
+    def _guide(self, step: _Launched | None, result: StepOutput | None, following: _Launched | None) -> None:
+        """Go on in the grammars by the tokens just read, and start on what the step that is running may choose."""
         assert self._guides is not None, "a guide that nobody made"
-        going = [(entry, one) for entry, one in guided if not one.done]
-        rows = [Row(entry, one.guide, len(one.tokens) - one.num_prompt) for entry, one in going if one.guide is not None]
-        masks = self._guides.masks(rows)
+        if step is not None and result is not None:
+            read = zip(step.planned.sampled, result.tokens, strict=True)
+            self._guides.advance([(one.guide, token) for one, token in read if one.guide is not None and not one.done])
+        if following is None:
+            return
+        indices = (row.output_index for row in following.planned.plan.rows if row.samples)
+        guided = [
+            (Row(entry, one.guide, index), one)
+            for entry, (one, index) in enumerate(zip(following.planned.sampled, indices, strict=True))
+            if one.guide is not None
+        ]
+        if guided:
+            going = [(row, one) for row, one in guided if not one.done]
+            self._masking = _Masked(self._guides.begin([row for row, _ in going]), [one for _, one in going])
+
+    def _choose(self) -> None:
+        """Let the step launched last choose its tokens, where it waits for masks; report who can't go on."""
+        masked, self._masking = self._masking, None
+        if masked is None:
+            return
+        assert self._guides is not None and self._previous is not None, "masks that nobody asked for"  # noqa: PT018  # for the type checker
         try:
-            self._executor.choose(masks)
+            self._executor.choose(self._guides.masks(masked.masking))
         except OutOfDeviceMemory as error:
-            self._put_back(step.planned, error)
-            return None
-        broken = [(one, why) for (_, one), row in zip(going, rows, strict=True) if (why := row.guide.error()) is not None]
-        outputs += [self._end(one, "error", error=why) for one, why in broken]
-        return step
+            self._put_back(self._previous.planned, error)
+            self._previous = None
+            return
+        broken = [(one, one.guide.error()) for one in masked.sequences if one.guide is not None and not one.done]
+        self._reports += [self._end(one, "error", error=why) for one, why in broken if why is not None]
 
     def _look_at(self, sequence: SequenceState, logprobs: TokenLogprobs | None) -> TokenOutput | None:
         """Decide whether the token just read ends the request, and what to report of it now."""
@@ -322,7 +312,7 @@ class Engine:
             detail = "eos" if token in request.eos_ids else f"stop_token:{token}"
             return self._end(sequence, "stop", detail=detail, drop_last=True)
         # Where nothing can follow, waiting for the end token would cost a step, and perhaps the limit.
-        if sequence.guide is not None and sequence.guide.accept(token):
+        if sequence.guide is not None and sequence.guide.complete:
             return self._end(sequence, "stop", detail="response_format")
         if len(sequence.tokens) == sequence.final:
             return self._end(sequence, "length", detail=sequence.limit)

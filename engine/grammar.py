@@ -63,7 +63,7 @@ class Grammars:
             found = self._kept.get(wanted)
             if found is None:
                 try:
-                    found = self._compile(wanted)
+                    found = self.compile(wanted)
                 except HeadraceError as error:
                     # Kept as well: a job with a bad schema asks for it a million times.
                     found = error
@@ -89,7 +89,8 @@ class Grammars:
         # A model's logits may be wider than its tokenizer, or (seldom) the other way round.
         return max(self._info.vocab_size, self._tokenizer.vocab_size)
 
-    def _compile(self, wanted: ResponseFormat) -> LLMatcher:
+    def compile(self, wanted: ResponseFormat) -> LLMatcher:
+        """Compile anew: what this matcher and its copies build as they go they share with no other. Raises as `check` does."""
         try:
             import llguidance
         except ImportError as error:

@@ -43,6 +43,15 @@ def start(guides: Guides, *requests: TokenRequest) -> list[Guide]:
     return made
 
 
+def mask(guides: Guides, rows: list[Row]) -> TokenMasks:
+    return guides.masks(guides.begin(rows))
+
+
+def accept(guides: Guides, guide: Guide, token: int) -> bool:
+    guides.advance([(guide, token)])
+    return guide.complete
+
+
 def allowed(words_W: np.ndarray) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(words_W.view(np.uint8), bitorder="little")).tolist())
 
@@ -52,14 +61,14 @@ def test_every_mask_on_the_way_is_the_librarys(guides):
     rows = [Row(entry, guide, 0) for entry, guide in enumerate(start(guides, *(request(i) for i in range(5))))]
     ended = 0
     for _ in range(40):
-        masks = guides.masks(rows)
+        masks = mask(guides, rows)
         assert masks.entries == tuple(row.entry for row in rows)
         going = []
         for row, words_W in zip(rows, masks.words_qW, strict=True):
             own = np.frombuffer(row.guide.matcher.compute_bitmask(), dtype=np.int32)
             assert allowed(words_W) == allowed(own)
             token = draw.choice(sorted(allowed(words_W) - {EOS}))
-            if row.guide.accept(token):
+            if accept(guides, row.guide, token):
                 ended += 1
             else:
                 going.append(row)
@@ -74,23 +83,23 @@ def test_ends_come_only_where_the_form_is_complete(guides):
     guide, late = start(guides, request(0, letters, stop_token_ids=()), request(1, letters, min_new_tokens=9))
     vocabulary = Tokenizer(guides._model_path)
     for letter in "ab":
-        masks = guides.masks([Row(0, guide, 0), Row(1, late, 0)])
+        masks = mask(guides, [Row(0, guide, 0), Row(1, late, 0)])
         assert EOS not in allowed(masks.words_qW[0])
         (token,) = vocabulary.encode_raw(letter)
-        assert not guide.accept(token)
-        assert not late.accept(token)
-    masks = guides.masks([Row(0, guide, 2), Row(1, late, 2)])
+        assert not accept(guides, guide, token)
+        assert not accept(guides, late, token)
+    masks = mask(guides, [Row(0, guide, 2), Row(1, late, 2)])
     assert EOS in allowed(masks.words_qW[0])
     assert allowed(masks.words_qW[1]) == allowed(masks.words_qW[0]) - {EOS}
     (token,) = vocabulary.encode_raw("c")
-    assert guide.accept(token)
+    assert accept(guides, guide, token)
 
 
 def test_a_token_outside_the_grammar_is_an_error_not_a_crash(guides):
     (guide,) = start(guides, request(0))
     assert guide.error() is None
-    assert not guide.accept(399)
-    guides.masks([Row(0, guide, 1)])
+    assert not accept(guides, guide, 399)
+    mask(guides, [Row(0, guide, 1)])
     assert "response_format" in guide.error().message
 
 
