@@ -18,6 +18,7 @@ from worker_process import HeadraceProcess, wait_for
 from headrace.client import Client
 from headrace.settings import Settings
 
+HARSH = str(Path(__file__).with_name("harsh_engine.py"))
 ENGINE: Mapping[str, Any] = {
     "session_len": 256, "num_gpu_blocks": 512, "block_size": 16, "max_batch_size": 32, "tp": 1, "device": "cpu",
 }  # fmt: skip
@@ -78,7 +79,7 @@ class TinyService:
 
     def engine(self) -> psutil.Process:
         """The engine's process at this moment."""
-        [process] = [child for child in self.worker.children() if "engine.rank" in " ".join(child.cmdline())]
+        [process] = [child for child in self.worker.children() if {"engine.rank", HARSH} & set(child.cmdline())]
         return process
 
 
