@@ -160,17 +160,24 @@ def dispatch(store: Store, broker: Broker, settings: Settings, model: str) -> in
     """
     # First, so that nothing is marked as sent while Redis is away.
     waiting = broker.count_waiting(model)
-    room = settings.dispatch_window - waiting - store.count_in_flight(model=model, grace_s=0)
-    if room <= 0:
+    working = store.count_in_flight(model=model, grace_s=0)
+    sent = _send_lost(store, broker, settings, model, waiting=waiting, working=working)
+    room = settings.dispatch_window - waiting - working - sent
+    return sent + _send(store, broker, model, limit=room, grace_s=_NEVER_S)
+
+
+def _send_lost(store: Store, broker: Broker, settings: Settings, model: str, *, waiting: int, working: int) -> int:
+    """Send what was sent and is nowhere, whether or not the window has room: new chunks would fill it up for ever."""
+    if store.count_in_flight(model=model) - working <= waiting:
         return 0
-    sent = _send(store, broker, model, limit=room, grace_s=_NEVER_S)
+    # A lapsed lease is none of these: its chunk is like one that was never sent.
+    store.requeue_lost(model=model, grace_s=_NEVER_S)
+    known = store.count_in_flight(model=model)
     # A chunk may wait in a busy queue for longer than any grace. Only as many are sent a second time as Redis holds too few:
     # else the queue would fill up with copies.
-    unclaimed = store.count_in_flight(model=model) - store.count_in_flight(model=model, grace_s=0)
-    lost = unclaimed - waiting - sent
-    if lost > 0:
-        sent += _send(store, broker, model, limit=min(lost, room - sent), grace_s=settings.requeue_grace_s)
-    return sent
+    overdue = known - store.count_in_flight(model=model, grace_s=settings.requeue_grace_s)
+    lost = min(known - working - waiting, overdue, settings.dispatch_window)
+    return _send(store, broker, model, limit=lost, grace_s=settings.requeue_grace_s)
 
 
 def _send(store: Store, broker: Broker, model: str, *, limit: int, grace_s: float) -> int:

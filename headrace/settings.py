@@ -51,7 +51,7 @@ class Settings:
     """After so long without a renewal, a worker's claim on a chunk is void."""
     reconcile_interval_s: float = 5.0
     """How often SQL is compared with what is in flight."""
-    requeue_grace_s: float = 30.0
+    requeue_grace_s: float = 15.0
     """A chunk that was sent but not claimed for so long is sent again."""
     drain_timeout_s: float = 30.0
     """On SIGTERM running chunks may finish for so long; then their rest is handed back."""

@@ -30,7 +30,7 @@ import redis
 from echo_frontend import answer
 from servers import PostgresServer, RedisServer
 from service import Service
-from sqlalchemy import select
+from sqlalchemy import func, select
 from store_driver import check
 from worker_process import QUICK, HeadraceProcess, wait_for
 
@@ -201,6 +201,40 @@ def ground(
             print(f"the logs of every process are in {folder}", flush=True)
             raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+class Feed:
+    """Keeps a service at work: another batch whenever few prompts are left, until `end`."""
+
+    def __init__(self, field: Ground, *, size: int) -> None:
+        self._field = field
+        self._size = size
+        self.batch_ids: list[str] = []
+        self.tick()
+
+    def tick(self) -> None:
+        """Submit a batch if it is time."""
+        batches = [self._field.service.store.get_batch(batch_id).counts for batch_id in self.batch_ids[-3:]]
+        if sum(counts.total - counts.done for counts in batches) < self._size:
+            # Sent by a worker: the broker may be away, for whoever tests that.
+            self.batch_ids.append(self._field.service.submit(texts(self._size), send=False))
+
+    def claims(self) -> int:
+        """Return how many claims on chunks there were so far: this grows as soon as messages are taken and work begins."""
+        query = select(func.sum(chunks.c.epoch))
+        return int(self._field.service.store._database.read(lambda connection: connection.execute(query).scalar_one()))
+
+    def done(self) -> int:
+        """Return how many rows there are."""
+        return sum(self._field.service.done(batch_id) for batch_id in self.batch_ids)
+
+    def end(self, *, timeout_s: float) -> dict[str, int | float]:
+        """Wait for all batches, judge them, and return the sum of their counts."""
+        self._field.wait_over(*self.batch_ids, timeout_s=timeout_s)
+        total: Counter[str] = Counter()
+        for batch_id in self.batch_ids:
+            total.update(self._field.judge(batch_id, texts(self._size)))
+        return {**total, "batches": len(self.batch_ids), **self._field.again_pct(total["rows"])}
 
 
 def texts(total: int) -> list[str]:

@@ -46,7 +46,7 @@ class Proxy:
     """Used as a context manager. `counts` has the numbers of links made, reset, and replies dropped."""
 
     def __init__(self, upstream_port: int, *, seed: int = 0) -> None:
-        """Stand before `upstream_port` of 127.0.0.1; `port` is known at once, nothing runs before the block."""
+        """Stand before `upstream_port` of 127.0.0.1 (`lead_to` changes it); `port` is known at once, nothing runs before the block."""
         self.latency_s = 0.0
         """How long each piece takes, each way."""
         self.reset_share = 0.0
@@ -92,6 +92,11 @@ class Proxy:
         self.latency_s = self.reset_share = self.close_delay_s = 0.0
         self._lost.clear()
         self._do(lambda: self._swallow(to_server=False, to_client=False))
+
+    def lead_to(self, upstream_port: int) -> None:
+        """Lead connections to another server from now on, and reset those there are."""
+        self._upstream_port = upstream_port
+        self.cut()
 
     def cut(self, share: float = 1.0) -> int:
         """Reset this share of the connections now; return how many."""

@@ -192,3 +192,18 @@ def test_sender_and_receiver_agree_on_the_visibility_timeout() -> None:
 def test_importing_it_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers', 'engine'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_flushed_window_is_sent_again_before_and_beside_what_was_never_sent(
+    store: Store, broker: Broker, settings: Settings, redis_server: RedisServer
+) -> None:
+    """New chunks take the room of the lost ones at once; the lost must not wait until a batch of a million has been sent."""
+    submit(store, 40)
+    assert dispatch(store, broker, settings, "echo") == 8
+    redis_server.flush()
+    assert dispatch(store, broker, settings, "echo") == 8
+    assert [message.number for message in waiting_messages(settings)] == list(range(9, 17))
+    time.sleep(settings.requeue_grace_s + 0.1)
+    assert dispatch(store, broker, settings, "echo") == 8
+    assert sorted(message.number for message in waiting_messages(settings)) == list(range(1, 17))
+    assert dispatch(store, broker, settings, "echo") == 0
