@@ -24,8 +24,7 @@ from engine.request import TokenOutput, TokenRequest  # noqa: E402
 from engine.supervisor import Limits  # noqa: E402
 
 KILLS, HANGS, FLOODS, GARBLES, SAYS_NOTHING = "☠", "⏳", "🌊", "💥", "🤐"
-"""Kills the process; never comes back from its step; answers with ten million characters; with bytes that are no UTF-8; with no token."""
-FLOOD_CHARS = 10_000_000
+"""Kills the process; never comes back from its step; answers with HARSH_FLOOD characters; with bytes that are no UTF-8; with no token."""
 
 
 class HarshFrontend(Frontend):
@@ -78,7 +77,7 @@ class HarshEngine:
         text = self._texts.pop(output.request_id, "")
         if FLOODS in text:
             (token,) = self._tokenizer.encode("e", add_special_tokens=False).ids
-            return dataclasses.replace(output, token_ids=(token,) * FLOOD_CHARS)
+            return dataclasses.replace(output, token_ids=(token,) * int(os.environ["HARSH_FLOOD"]))
         if GARBLES in text:
             (lead,) = [index for piece, index in self._tokenizer.get_vocab().items() if piece == "ÿ"]  # byte-level BPE's 0xFF
             return dataclasses.replace(output, token_ids=(lead,) * 3)
