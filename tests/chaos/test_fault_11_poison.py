@@ -9,5 +9,5 @@ import pytest
 @pytest.mark.slow
 def test_poison_is_found_and_nobody_else_is_blamed() -> None:
     counts = fault_11_poison.run(long=False, seed=11, say=print)
-    assert counts["poison"] == 2
+    assert counts["poison"] == 1
     assert counts["innocents_blamed"] == 0

@@ -35,8 +35,14 @@ WORDS: Final = ("the", "mill", "wheel", "turns", "while", "water", "runs", "down
 
 def run(*, long: bool, seed: int, say: Callable[[str], None]) -> dict[str, int | float]:
     """Sow poison among innocent prompts, in the long form dozens of each, many of them side by side."""
-    rows, flood = (2000, 10**7) if long else (100, 10**6)
-    few = {KILLS: 1, HANGS: 1, FLOODS: 1, GARBLES: 2, SAYS_NOTHING: 2}
+    rows, flood = (2000, 10**7) if long else (60, 10**6)
+    few = {
+        KILLS: 1,
+        HANGS: 0,
+        FLOODS: 1,
+        GARBLES: 2,
+        SAYS_NOTHING: 2,
+    }  # one that hangs costs seconds, and is in test_supervisor.py
     each = {KILLS: 32, HANGS: 6, FLOODS: 2, GARBLES: 20, SAYS_NOTHING: 20} if long else few
     draw = random.Random(seed)
     prompts, sown = _sow(draw, rows, each)
