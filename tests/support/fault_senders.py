@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -66,5 +67,5 @@ def healing_times(sent: list[Sending]) -> list[float]:
     times = []
     for chain in by_chunk.values():
         assert chain[-1].arrived, f"{chain[-1].chunk_id} was lost and never sent again"
-        times += [later.at - earlier.at for earlier, later in zip(chain, chain[1:], strict=False) if not earlier.arrived]
+        times += [later.at - earlier.at for earlier, later in itertools.pairwise(chain) if not earlier.arrived]
     return times
