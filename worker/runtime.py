@@ -1,9 +1,10 @@
 """Everything that one worker process holds while it works: store, broker, engine, recorder, and the chores that keep them true.
 
     chore          every                   does
-    lease keeper   a quarter of a lease    renews the SQL leases of the chunks in flight, and finds out which were lost or cancelled
+    lease keeper   1 s, or a lease / 4     renews the SQL leases of the chunks in flight, and finds out which were lost or cancelled
     heartbeat      5 s                     tells the store that this worker lives, with its figures
-    reconciler     reconcile_interval_s    expires and deletes batches, and sends what SQL has and Redis lost
+    reconciler     reconcile_interval_s    expires and deletes batches and files, and sends what SQL has and Redis lost
+    reader         reconcile_interval_s    reads on the files of batches whose reader in the API is gone
     spool          1 s                     puts answers on disk that SQL has not taken for a while
 
 This module knows no Celery; `worker.lifecycle` starts and ends it, `worker.tasks` works with it.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from headrace.broker import Broker, dispatch
 from headrace.errors import HeadraceError, QueueUnavailable
+from headrace.ingest import read_next
 from worker.host import EngineHost
 from worker.outage import HEALS, Outage
 from worker.recorder import Recorder, Verdict
@@ -104,9 +106,10 @@ class Runtime:
         self._chunks_done = 0
         self._refilling = threading.Lock()
         self._chores = (
-            Chore("lease-keeper", self.keep_leases, every_s=min(settings.lease_s / 4, 2.0)),
+            Chore("lease-keeper", self.keep_leases, every_s=min(settings.lease_s / 4, 1.0)),
             Chore("heartbeat", self.beat, every_s=HEARTBEAT_S),
             Chore("reconciler", self.reconcile, every_s=settings.reconcile_interval_s),
+            Chore("reader", self.read_files, every_s=settings.reconcile_interval_s),
             Chore("spool", self.save_waiting, every_s=SPOOL_EVERY_S),
         )
 
@@ -202,9 +205,16 @@ class Runtime:
     def reconcile(self) -> None:
         """Compare SQL with what is in flight, and send what is missing. Two of these at once do no harm."""
         self.store.expire_batches()
-        if math.isfinite(self.settings.retention_s):
-            self.store.delete_outlived(retention_s=self.settings.retention_s)
+        retention_s = self.settings.retention_s if math.isfinite(self.settings.retention_s) else None
+        if retention_s is not None:
+            self.store.delete_outlived(retention_s=retention_s)
+        self.store.files.sweep(retention_s=retention_s)
         self.refill()
+
+    def read_files(self) -> None:
+        """Go on where a reader of the API was killed. While one works on a file, its lease keeps this one from it."""
+        while read_next(self.store, self.settings, stop=self.draining.is_set) is not None:
+            self.refill()
 
     def refill(self) -> None:
         """Send the next chunks of this worker's model, unless another thread is at it. Never raises for an outage."""

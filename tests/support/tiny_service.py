@@ -71,7 +71,7 @@ class TinyService:
         arguments = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
         self.api = stack.enter_context(HeadraceProcess(arguments, self.settings, self.folder / "api.log"))
         self.url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: _answers(self.url), timeout_s=60, what="the API answers", process=self.api)
+        wait_for(lambda: answers(self.url), timeout_s=60, what="the API answers", process=self.api)
         self.client = stack.enter_context(Client(self.url, max_retries=40, timeout=30))
 
     def __exit__(self, *_: object) -> None:
@@ -83,7 +83,7 @@ class TinyService:
         return process
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(f"{url}/healthz").status_code == 200
     return False
