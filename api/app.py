@@ -13,10 +13,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
 
-from api import batches, docs, health, models, problems, results
+from api import batches, docs, files, health, models, problems, results
 from api.auth import require_key
 from api.examples import problems as problem_responses
+from api.file_batches import Readers
 from api.middleware import BodyLimit, RequestContext
 from api.services import Services
 from headrace.errors import InvalidRequest
@@ -36,7 +38,11 @@ def create_app(settings: Settings, *, store: Store | None = None, broker: Broker
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        readers = Readers(services)
+        services.wake_readers = readers.wake
+        readers.start()
         yield
+        await run_in_threadpool(readers.close)
         services.close()
 
     # FastAPI's own /docs loads its scripts from a CDN, which many hosts that run this can't reach: docs.py serves a page of its own.
@@ -52,12 +58,12 @@ def create_app(settings: Settings, *, store: Store | None = None, broker: Broker
     app.state.services = services
     problems.install(app)
     locked: dict[str, Any] = {"dependencies": [Depends(require_key)], "responses": problem_responses()}
-    for router in (batches.router, results.router, models.router):
+    for router in (batches.router, results.router, files.router, models.router):
         app.include_router(router, **locked)
     app.include_router(health.router)
     docs.install(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_file_bytes=settings.max_file_bytes)
     app.add_middleware(RequestContext)
     return app
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel
 
 from api import examples
 from api.auth import CallerDep, check_owner
+from api.file_batches import create_from_file
 from api.intake import choose_model, parse_create
 from api.problems import StillBeingStored
 from api.services import Services, ServicesDep
@@ -77,7 +78,11 @@ async def read_json_body(request: Request) -> bytearray:
     status_code=202,
     response_model=BatchOut,
     summary="Submit a batch",
-    responses={202: examples.ACCEPTED, **examples.problems(404, 409, 413, 415, 422, 429, 503, 507)},
+    responses={
+        200: {**examples.READING, "model": BatchOut},
+        202: examples.ACCEPTED,
+        **examples.problems(404, 409, 413, 415, 422, 429, 503, 507),
+    },
     openapi_extra=examples.CREATE_BODY,
 )
 def create_batch(
@@ -85,8 +90,18 @@ def create_batch(
     caller: CallerDep,
     body: Annotated[bytearray, Depends(read_json_body)],
     idempotency_key: IdempotencyKey = None,
+    resent: Annotated[
+        str | None,
+        Header(
+            alias="x-stainless-retry-count",
+            description="OpenAI's clients count here how often they have sent a request before: a batch whose reply was lost is found again.",
+        ),
+    ] = None,
 ) -> Response:
     """Store prompts and send them to the workers.
+
+    With `input_file_id` the batch is `validating` while its file is read, in the background; a file that is wrong as a whole fails it,
+    with line numbers in `errors`; a line that asks for what can't be done fails alone, in the error file. The reply is a 200 then.
 
     When the reply is there the batch is durable: it is answered even if every process is killed now. The request is refused as a
     whole when it is malformed; a prompt that is well-formed but can't be answered (empty, too long, an unknown role) is accepted and
@@ -95,8 +110,13 @@ def create_batch(
     settings = services.settings
     create = parse_create(body, settings)
     body.clear()  # it would live until the response is sent, beside the parsed prompts
-    model = choose_model(create.model, settings)
+    key = _clean_key(idempotency_key)
     services.check_room()
+    if create.input_file_id is not None:
+        batch = create_from_file(services, caller, create, idempotency_key=key, resent=_count(resent))
+        return _accepted(services, batch, status_code=200)
+    assert create.prompts is not None, "parse_create wants one of the two"
+    model = choose_model(create.model, settings)
     try:
         batch = services.store.create_batch(
             screen(create.prompts, max_bytes=settings.max_prompt_bytes),
@@ -106,7 +126,7 @@ def create_batch(
             metadata=create.metadata,
             priority=create.priority,
             completion_window=create.completion_window,
-            idempotency_key=_clean_key(idempotency_key),
+            idempotency_key=key,
             max_open_prompts=settings.max_open_prompts,
             owner=caller.owner,
             reserved=len(create.prompts),
@@ -116,7 +136,7 @@ def create_batch(
     return _accepted(services, batch)
 
 
-def _accepted(services: Services, batch: Batch) -> Response:
+def _accepted(services: Services, batch: Batch, *, status_code: int = 202) -> Response:
     """Send the first chunks of a batch that is stored, and say where it is."""
     model = batch.model
     queue = services.send_chunks(model=model)
@@ -127,7 +147,7 @@ def _accepted(services: Services, batch: Batch) -> Response:
     )
     out = BatchOut.of(batch, queue=queue)
     headers = {"location": out.headrace.links.self, "headrace-queue": queue, **_state_headers(batch)}
-    return json_response(out, status_code=202, headers=headers)
+    return json_response(out, status_code=status_code, headers=headers)
 
 
 @router.get(
@@ -240,6 +260,10 @@ def _state_headers(batch: Batch) -> dict[str, str]:
     if not batch.status.is_terminal:
         headers["retry-after"] = str(retry_after_s(batch))
     return headers
+
+
+def _count(text: str | None) -> int:
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 6 else 0
 
 
 def _clean_key(key: str | None) -> str | None:

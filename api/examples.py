@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
-from headrace.batch import Batch, BatchStatus, RequestCounts
+from pydantic import BaseModel
+
+from headrace.batch import CHAT, Batch, BatchStatus, RequestCounts
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig
 from headrace.errors import HeadraceError
-from headrace.schemas import BatchOut, BatchPage, Check, CompletionPage, Health, ModelList, ModelOut
+from headrace.file_schemas import FileDeleted, FileOut, FilePage
+from headrace.schemas import (
+    BatchOut,
+    BatchPage,
+    Check,
+    CompletionPage,
+    Health,
+    ModelList,
+    ModelOut,
+)
 
 _ID: Final = "batch_6f1d0c3a9b5e4d7f8a2b1c0d9e8f7a6b"
 _T0: Final = 1764000000.0
@@ -51,7 +63,7 @@ def _body(summary: str, value: Any) -> dict[str, Any]:
     return {"description": summary, "content": {"application/json": {"example": value}}}
 
 
-def _shape(summary: str, value: BatchOut | BatchPage | CompletionPage | ModelList | ModelOut | Health) -> dict[str, Any]:
+def _shape(summary: str, value: BaseModel) -> dict[str, Any]:
     return _body(summary, _keep_nulls(value.model_dump(mode="json")))
 
 
@@ -146,6 +158,45 @@ NOT_READY = _shape(
     ),
 )
 
+_FILE_ID: Final = "file-6f1d0c3a9b5e4d7f8a2b1c0d9e8f7a6b"
+FROM_FILE: Final[dict[str, Any]] = {"input_file_id": _FILE_ID, "endpoint": CHAT, "completion_window": "24h"}
+_file = FileOut(id=_FILE_ID, bytes=10_927_780, created_at=int(_T0), expires_at=None, filename="requests.jsonl", purpose="batch")
+UPLOADED = _shape("The file.", _file)
+FILES = _shape("A page.", FilePage(data=[_file], first_id=_FILE_ID, last_id=_FILE_ID, has_more=False))
+DELETED = _shape("It is gone.", FileDeleted(id=_FILE_ID))
+CONTENT = {
+    "description": "The content as it is.",
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
+READING = _shape(
+    "Stored, from a file: `validating` while that is read.",
+    BatchOut.of(
+        replace(
+            _batch(BatchStatus.VALIDATING, completed=0, failed=0), counts=RequestCounts(), input_file_id=_FILE_ID, endpoint=CHAT,
+            in_progress_at=None,
+        )
+    ),
+)  # fmt: skip
+UPLOAD_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "purpose": {"const": "batch"},
+                        "file": {"type": "string", "format": "binary"},
+                        "expires_after[anchor]": {"const": "created_at"},
+                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+                    },
+                    "required": ["purpose", "file"],
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
 CREATE_BODY: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
@@ -155,6 +206,7 @@ CREATE_BODY: Final[dict[str, Any]] = {
                 "examples": {
                     "texts": {"summary": "Texts", "value": TEXTS},
                     "conversations": {"summary": "Conversations", "value": CONVERSATIONS},
+                    "file": {"summary": "An uploaded file", "value": FROM_FILE},
                 },
             }
         },
@@ -166,7 +218,7 @@ _REASONS: Final = {
     404: "`not_found`, or `model_not_found` naming the models that are served.",
     409: "`conflict`: the batch is not in a state for this, or its first request is still being stored.",
     413: "`payload_too_large`: refused before the body is read; split the batch.",
-    415: "The body is not `application/json`.",
+    415: "The body is not of the media type that the operation takes.",
     422: "`invalid_request`: `errors` names each wrong field, or the index of each wrong prompt.",
     429: "`queue_full`: as many prompts wait for an answer as this server accepts, or `quota_exceeded`: as many as this API key may have; send it again after Retry-After.",
     503: "`store_unavailable`: the database can't be reached; try again after Retry-After.",

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from api.problems import MAX_ERRORS, InvalidBody, invalid_body
+from headrace.batch import ROWS
 from headrace.errors import InvalidRequest, ModelNotFound
 from headrace.schemas import BatchCreate, FieldError
 from headrace.settings import Settings
@@ -23,6 +24,14 @@ def parse_create(body: bytes | bytearray, settings: Settings) -> BatchCreate:
         create = BatchCreate.model_validate_json(body)
     except ValidationError as error:
         raise invalid_body(error) from None
+    if create.input_file_id is not None:
+        if create.prompts is not None:
+            raise InvalidBody([FieldError(field="input_file_id", message="give prompts or an input_file_id, not both")])
+        return create
+    if create.endpoint not in (None, ROWS):
+        raise InvalidBody([FieldError(field="endpoint", message="belongs to an input_file_id; leave it out beside prompts")])
+    if create.prompts is None:
+        raise InvalidBody([FieldError(field="prompts", message="Field required (or the input_file_id of an uploaded file)")])
     _check_structure(create.prompts)
     if len(create.prompts) > settings.max_prompts:
         raise InvalidRequest(

@@ -73,12 +73,24 @@ MAX_HEADER_BYTES: Final = 32 * 1024
 """Names and values of all headers of a request. The server reads 64 KiB before it gives up by itself, without a word of ours."""
 
 
-class BodyLimit:
-    """Refuses large headers, and a body above `max_bytes`: by its Content-Length before a byte is read, else when so much has arrived."""
+FORM_BYTES: Final = 64 * 1024
+"""What a form may have around the file in it."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+
+class BodyLimit:
+    """Refuses large headers, and a body above `max_bytes`: by its Content-Length before a byte is read, else when so much has arrived.
+
+    An upload to /v1/files is stored as it arrives: its body may have `max_file_bytes`.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_file_bytes: int) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self._body = (
+            max_bytes,
+            f"accepts {max_bytes:,} bytes (HEADRACE_MAX_BODY_BYTES). Split the batch, or upload it as a file.",
+        )
+        file_rule = f"accepts files of {max_file_bytes:,} bytes (HEADRACE_MAX_FILE_BYTES). Split the file."
+        self._file = (max_file_bytes + FORM_BYTES, file_rule)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -89,8 +101,9 @@ class BodyLimit:
             await self._refuse(HeadersTooLarge(), scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length) > self.max_bytes:
-            await self._refuse(self._refusal(f"{int(length):,} bytes"), scope, receive, send)
+        most, rule = self._file if scope["path"] == "/v1/files" else self._body
+        if length.isascii() and length.isdigit() and int(length) > most:
+            await self._refuse(_too_large(f"{int(length):,} bytes", rule), scope, receive, send)
             return
         count = 0
 
@@ -98,8 +111,8 @@ class BodyLimit:
             nonlocal count
             message = await receive()
             count += len(message.get("body", b""))
-            if count > self.max_bytes:
-                raise self._refusal("more")
+            if count > most:
+                raise _too_large("more", rule)
             return message
 
         await self.app(scope, counted, send)
@@ -109,7 +122,6 @@ class BodyLimit:
         # The unread body makes this connection useless for another request.
         await problem_response(problem, {"connection": "close"})(scope, receive, send)
 
-    def _refusal(self, size: str) -> PayloadTooLarge:
-        return PayloadTooLarge(
-            f"The request body has {size}; this server accepts {self.max_bytes:,} bytes (HEADRACE_MAX_BODY_BYTES). Split the batch."
-        )
+
+def _too_large(size: str, rule: str) -> PayloadTooLarge:
+    return PayloadTooLarge(f"The request body has {size}; this server {rule}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from fastapi import Depends, Request
@@ -38,6 +39,8 @@ class Services:
         self._broker = broker
         self._owns_store = store is None
         self._owns_broker = broker is None
+        self.wake_readers: Callable[[], None] = lambda: None
+        """Tells the readers of files that there is a new one. Set by the application."""
         # What was true once stays true; what was not is looked up again.
         self._asks_for_keys = False
         self._look_for_keys_at = 0.0

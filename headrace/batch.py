@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from headrace.completion import CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
@@ -64,6 +64,10 @@ class Item:
     """What its sender calls it."""
 
 
+CHAT: Final = "/v1/chat/completions"
+TEXT: Final = "/v1/completions"
+ROWS: Final = "/v1/batches"
+"""Endpoint of prompts that came in the request, or in a file of plain rows; the two above are OpenAI's."""
 OutputKind = Literal["output", "errors"]
 """The two files that a batch's completions make: the answers, and the errors."""
 
@@ -119,7 +123,7 @@ class Batch:
     cancelled_at: float | None = None
     updated_at: float | None = None
     """When a row of it was last recorded."""
-    endpoint: str = "/v1/batches"
+    endpoint: str = ROWS
     completion_window: str = "24h"
     metadata: Mapping[str, str] = field(default_factory=dict)
     priority: int = 0
@@ -127,6 +131,13 @@ class Batch:
     errors: tuple[Mapping[str, Any], ...] = ()
     input_file_id: str | None = None
     """The file that its prompts were read from; None: they came in the request."""
+
+    def file_id(self, kind: OutputKind) -> str | None:
+        """Return the id of the output or error file; None while the batch isn't over, and where no line would be in it."""
+        count = self.counts.completed if kind == "output" else self.counts.failed
+        if self.endpoint not in (CHAT, TEXT) or not self.status.is_terminal or count == 0:
+            return None
+        return f"file-{self.id.removeprefix('batch_')}-{kind}"
 
     @property
     def progress(self) -> float:

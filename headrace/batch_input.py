@@ -17,17 +17,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from headrace.batch import Item
+from headrace.batch import CHAT, ROWS, Item
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig, Prompt
 from headrace.dataset import MAX_LINE_BYTES, parse_json, read_row
 from headrace.errors import HeadraceError, InvalidRequest, PayloadTooLarge, UnsupportedOption
 from headrace.screening import refusal
 
-CHAT: Final = "/v1/chat/completions"
-TEXT: Final = "/v1/completions"
-ROWS: Final = "/v1/batches"
-ENDPOINTS: Final = (CHAT, TEXT, ROWS)
 MAX_CUSTOM_ID: Final = 512
 
 # OpenAI's name (or the one that is customary beside its API) to the field of GenerationConfig.

@@ -13,19 +13,11 @@ from typing import Any, Final
 
 from pydantic_core import from_json
 
-from headrace.batch import OutputKind, OutputRow
-from headrace.batch_input import CHAT, TEXT
+from headrace.batch import CHAT, OutputKind, OutputRow
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.schemas import to_wire
 
-OPENAI_ENDPOINTS: Final = (CHAT, TEXT)
-"""Batches for these have output and error files."""
 _NO_RESPONSE: Final = frozenset({"batch_cancelled", "batch_expired"})
-
-
-def file_id(batch_id: str, kind: OutputKind) -> str:
-    """Return the id of a batch's output or error file."""
-    return f"file-{batch_id.removeprefix('batch_')}-{kind}"
 
 
 def split_file_id(file_id: str) -> tuple[str, OutputKind] | None:

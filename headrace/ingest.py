@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from headrace.batch import Item
-from headrace.batch_input import ROWS, Fault, Rules, reader
+from headrace.batch import ROWS, Item
+from headrace.batch_input import Fault, Rules, reader
 from headrace.dataset import MAX_LINE_BYTES
 from headrace.store.ingest import MAX_ATTEMPTS, Ingest, IngestStatus, Place
 
@@ -31,16 +31,18 @@ SEAL_LEASE_S: Final = 120.0
 """While the database looks for names that were used twice, which it does in one statement."""
 
 
-def read_next(store: Store, settings: Settings, *, batch_id: str | None = None) -> str | None:
+def read_next(
+    store: Store, settings: Settings, *, batch_id: str | None = None, stop: Callable[[], bool] = lambda: False
+) -> str | None:
     """Read one file to its end, the one of `batch_id` or the oldest that nobody reads; return the batch's id, or None: there is none.
 
-    Raises `StoreUnavailable` and `StorageFull`: another reader goes on when the lease has run out.
+    `stop` is asked after each slice: when it says so, the rest is left to another reader, at once. Raises `StoreUnavailable` and `StorageFull`: another reader goes on when the lease has run out.
     """
     ingest = store.ingests.claim(batch_id=batch_id)
     if ingest is None:
         return None
     started = time.monotonic()
-    status, place, faults = _Reading(store, settings, ingest).run()
+    status, place, faults = _Reading(store, settings, ingest, stop).run()
     log.info(
         "the file of %s was read: %s, %d lines, %d prompts, %d faults", ingest.batch_id, status, place.line, place.rows, len(faults),
         extra={
@@ -54,8 +56,9 @@ def read_next(store: Store, settings: Settings, *, batch_id: str | None = None) 
 class _Reading:
     """One claim's work."""
 
-    def __init__(self, store: Store, settings: Settings, ingest: Ingest) -> None:
+    def __init__(self, store: Store, settings: Settings, ingest: Ingest, stop: Callable[[], bool]) -> None:
         self._store = store
+        self._stop = stop
         self._ingest = ingest
         self._most = settings.max_prompts
         self._faults: list[dict[str, Any]] = [dict(error) for error in ingest.errors]
@@ -110,6 +113,9 @@ class _Reading:
             if len(items) >= SLICE_ROWS or size >= SLICE_BYTES or time.monotonic() - began > SLICE_S:
                 if (status := self._commit(items, place)) is not IngestStatus.OK:
                     return status
+                if self._stop():
+                    self._store.ingests.release(self._ingest)
+                    return IngestStatus.FENCED
                 items, size, began = [], 0, time.monotonic()
         return self._commit(items, place)
 

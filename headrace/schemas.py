@@ -73,15 +73,29 @@ class _Shape(BaseModel):
 
 
 class BatchCreate(BaseModel):
-    """The body of POST /v1/batches. Unknown fields are refused by name."""
+    """The body of POST /v1/batches: `prompts`, or the `input_file_id` of an uploaded file. Unknown fields are refused by name."""
 
     # Strict: "5" is not a number and 1 is not a text; a silent conversion would hide the caller's bug in a million rows.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str | None = Field(default=None, description="One of GET /v1/models; default: the first of them.")
     # Elements stay as they were parsed: pydantic's own union errors would be several records for each of a million prompts.
-    prompts: Annotated[list[Any], WithJsonSchema(_PROMPTS_SCHEMA)] = Field(
-        description="Texts, or conversations of {role, content} messages. Answers come back under the same indexes."
+    prompts: Annotated[list[Any] | None, WithJsonSchema(_PROMPTS_SCHEMA)] = Field(
+        default=None,
+        description="Texts, or conversations of {role, content} messages. Answers come back under the same indexes.",
+    )
+    input_file_id: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description="A file of POST /v1/files with one request a line, instead of `prompts`.",
+    )
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/batches"] | None = Field(
+        default=None,
+        description=(
+            "Of `input_file_id`. OpenAI's two: lines of {custom_id, method, url, body}, each body with its own sampling parameters. "
+            "`/v1/batches` (the default): a JSON text, {prompt} or {messages} a line."
+        ),
     )
     gen_config: Annotated[GenerationConfig, BeforeValidator(_config)] = Field(
         default_factory=GenerationConfig, description="How to continue every prompt of this batch."
@@ -189,7 +203,7 @@ class BatchOut(_Shape):
     object: Literal["batch"] = "batch"
     endpoint: str
     model: str
-    input_file_id: str = Field(default="inline", description="'inline': the prompts came in the request body.")
+    input_file_id: str = Field(description="'inline': the prompts came in the request body.")
     completion_window: str
     status: BatchStatus
     output_file_id: str | None = None
@@ -220,6 +234,9 @@ class BatchOut(_Shape):
             id=batch.id,
             endpoint=batch.endpoint,
             model=batch.model,
+            input_file_id=batch.input_file_id or "inline",
+            output_file_id=batch.file_id("output"),
+            error_file_id=batch.file_id("errors"),
             completion_window=batch.completion_window,
             status=batch.status,
             created_at=int(batch.created_at),
@@ -277,6 +294,8 @@ def read_batch(data: Mapping[str, Any]) -> Batch:
         updated_at=extras["updated_at"],
         metadata=data["metadata"] or {},
         errors=tuple((data["errors"] or {}).get("data", ())),
+        # A server of before had no files.
+        input_file_id=None if data.get("input_file_id") in (None, "inline") else data["input_file_id"],
     )
 
 

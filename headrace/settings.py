@@ -64,6 +64,8 @@ class Settings:
     """Most that one worker keeps there; then it computes no more until the database is back."""
     max_body_bytes: int = 256 * 1024 * 1024
     """Largest request body that the API reads."""
+    max_file_bytes: int = 4 * 1024**3
+    """Largest file that may be uploaded; it is stored as it arrives, in the database."""
     max_prompt_bytes: int = 1024 * 1024
     """Largest single prompt (UTF-8); a larger one is that prompt's error."""
     max_prompts: int = 1_000_000

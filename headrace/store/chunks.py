@@ -14,13 +14,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, or_, select, update
 
-from headrace.batch import BatchStatus
+from headrace.batch import TEXT, BatchStatus
 from headrace.config import GenerationConfig
 from headrace.errors import NotFound
 from headrace.store import turns
 from headrace.store.lifecycle import close_chunks, count_rows, is_stopping, settle
 from headrace.store.tables import LEASED, RUNNING, batches, chunks, completions, now, prompts
-from headrace.store.values import RAW_ENDPOINT, ChunkMessage, ChunkRef, ChunkState, Claim, PendingPrompt
+from headrace.store.values import ChunkMessage, ChunkRef, ChunkState, Claim, PendingPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def message(connection: Connection, ref: ChunkRef) -> ChunkMessage:
         gen_config=GenerationConfig.from_dict(json.loads(batch.gen_config)),
         prompts=tuple(bodies.get(index) for index in range(ref.start, ref.stop)),
         own_configs={index: GenerationConfig.from_dict(json.loads(config)) for index, _, config in rows if config is not None},
-        is_raw=batch.endpoint == RAW_ENDPOINT,
+        is_raw=batch.endpoint == TEXT,
     )  # fmt: skip
 
 

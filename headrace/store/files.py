@@ -75,14 +75,13 @@ class Files:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def begin(self, *, filename: str, purpose: str, owner: str | None = None, expires_in_s: float | None = None) -> str:
+    def begin(self, *, filename: str, purpose: str, owner: str | None = None) -> str:
         """Make room for an upload and return the file's id."""
         file_id = new_file_id()
         values: dict[str, Any] = {"id": file_id, "owner": owner, "purpose": purpose, "filename": filename, "state": UPLOADING}
-        expires_at = None if expires_in_s is None else now() + expires_in_s
 
         def work(connection: Connection) -> None:
-            row = insert(files).values(**values, created_at=now(), updated_at=now(), expires_at=expires_at)
+            row = insert(files).values(**values, created_at=now(), updated_at=now())
             connection.execute(row)
 
         self._database.write(work, repeatable=False)
@@ -102,14 +101,21 @@ class Files:
 
         self._database.write(work)
 
-    def complete(self, file_id: str, *, size: int, lines: int, parts: int) -> StoredFile:
-        """Show the file to everybody. Raises `Conflict` when the upload was given up."""
+    def complete(self, file_id: str, *, size: int, lines: int, parts: int, expires_in_s: float | None = None) -> StoredFile:
+        """Show the file to everybody, until `expires_in_s` after its creation. Raises `Conflict` when the upload was given up."""
 
         def work(connection: Connection) -> StoredFile:
             connection.execute(
                 update(files)
                 .where(files.c.id == file_id, files.c.state == UPLOADING)
-                .values(state=PROCESSED, bytes=size, lines=lines, parts=parts, updated_at=now())
+                .values(
+                    state=PROCESSED,
+                    bytes=size,
+                    lines=lines,
+                    parts=parts,
+                    updated_at=now(),
+                    expires_at=None if expires_in_s is None else files.c.created_at + expires_in_s,
+                )
             )
             row = connection.execute(select(files).where(files.c.id == file_id)).first()
             if row is None:

@@ -17,8 +17,6 @@ from headrace.config import GenerationConfig, Prompt
 from headrace.errors import InvalidRequest
 
 MESSAGE_VERSION: Final = 1
-RAW_ENDPOINT: Final = "/v1/completions"
-"""Texts of a batch for this endpoint are continued as they are, without a chat template."""
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _CHOICE_FIELDS = tuple(spec.name for spec in fields(Choice))

@@ -14,7 +14,7 @@ from store_driver import execute
 from headrace.broker import Broker, make_celery
 from headrace.settings import Settings
 from headrace.store import Store
-from headrace.store.tables import batches, workers
+from headrace.store.tables import batches, files, workers
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def store(one_store: Store, redis_server: RedisServer) -> Store:
     """The server's store, emptied, and its Redis too."""
     redis_server.start()
     redis_server.flush()
-    for table in (batches, workers):
+    for table in (batches, files, workers):
         execute(one_store, delete(table))
     return one_store
 

@@ -71,9 +71,9 @@ def test_problems_carry_what_the_client_looks_for(client: openai.OpenAI) -> None
     assert caught.value.code == "not_found"
     assert caught.value.type == "/docs#problem-not_found"
     assert caught.value.request_id
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.NotFoundError) as refused:
         client.batches.create(input_file_id="file-1", endpoint="/v1/chat/completions", completion_window="24h")
-    assert refused.value.param == "prompts"
+    assert refused.value.param == "input_file_id"
 
 
 def test_models(client: openai.OpenAI) -> None:
