@@ -88,7 +88,7 @@ def _sow(draw: random.Random, rows: int, each: dict[str, int]) -> tuple[list[str
 
 def _answers(tiny: TinyService, prompts: list[str], *, say: Callable[[str], None] = lambda _: None) -> list[Completion]:
     batch_id = tiny.client.submit(prompts, GREEDY).id
-    batch = tiny.service.wait_over(batch_id, tiny.worker, timeout_s=280)
+    batch = tiny.service.wait_over(batch_id, tiny.worker, timeout_s=900)
     assert batch.status is BatchStatus.COMPLETED
     say(f"{batch.counts.completed} answered, {batch.counts.failed} with an error")
     rows = tiny.service.assert_exactly_once(batch_id, len(prompts))

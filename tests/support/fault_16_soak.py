@@ -11,6 +11,7 @@ half make it at most STEPS_MIB divided by the half's hours. That is the bound: 4
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -35,6 +36,8 @@ TITLE = "soak: a steady stream of small batches; memory, files, threads, Redis k
 STEPS_MIB: Final = 2.0
 WARM_MINUTES: Final = 2.0
 """A shorter soak ends while pools, caches and lazily loaded code still fill up: only its rows are judged."""
+LEAST_MINUTES: Final = 3
+"""So many minutes of an idle machine each half of the chunk times must have, else they aren't judged and not in the counts."""
 SENDERS: Final = 4
 SAMPLE_S: Final = 5.0
 WORDS = ["the", "mill", "wheel", "turns", "while", "the", "water", "runs", "down", "the", "headrace"]
@@ -104,6 +107,7 @@ class _Soak:
         self._link = redis.Redis.from_url(tiny.redis.url)
         self._samples: list[Sample] = []
         self._log_at = 0
+        # Of the minutes in which the machine was not busy with other work.
         self._p99s: list[float] = []
 
     def run(self, minutes: float) -> dict[str, int | float]:
@@ -146,13 +150,14 @@ class _Soak:
         )
 
     def _report(self, minute: int, rows: int) -> None:
-        last, times = self._samples[-1], self._chunk_seconds()
-        if times:
-            self._p99s.append(1e3 * times[int(0.99 * len(times))])
+        last, times, load = self._samples[-1], self._chunk_seconds(), os.getloadavg()[0]
+        p99 = 1e3 * times[int(0.99 * len(times))] if times else 0.0
+        if times and load <= 2 * (os.cpu_count() or 1):
+            self._p99s.append(p99)
         parts = [
             f"{name} {last.rss_mib[name]:.1f} MiB {last.fds[name]} fds {last.threads[name]} threads" for name in self._processes
         ]
-        chunks = f"{len(times)} chunks, p99 {self._p99s[-1]:.0f} ms" if times else "no chunk"
+        chunks = f"{len(times)} chunks, p99 {p99:.0f} ms at a load of {load:.1f}"
         self._say(
             f"minute {minute}: {rows} rows, {self._tally.batches} batches in all; {chunks}; {'; '.join(parts)}; "
             f"redis {last.redis_keys} keys {last.redis_mib:.2f} MiB"
@@ -224,9 +229,11 @@ class _Soak:
             **{f"{name}_threads": half[-1].threads[name] for name in self._processes},
             "redis_keys": half[-1].redis_keys,
         }  # fmt: skip
+        # The first minutes load code; of few minutes the median says nothing.
         thirds = self._p99s[len(self._p99s) // 3 :]
         early, late = thirds[: len(thirds) // 2], thirds[len(thirds) // 2 :]
-        if early:
+        is_timed = len(early) >= LEAST_MINUTES
+        if is_timed:
             counts |= {
                 "chunk_p99_ms_early": round(statistics.median(early)),
                 "chunk_p99_ms_late": round(statistics.median(late)),
@@ -234,7 +241,7 @@ class _Soak:
         if minutes < WARM_MINUTES:
             return counts
         grown = [name for name, slope in slopes.items() if slope > bound] + self._levels_that_rose()
-        if early and statistics.median(late) > 2 * statistics.median(early) + 50:
+        if is_timed and statistics.median(late) > 2 * statistics.median(early) + 50:
             grown.append("chunk p99")
         assert not grown, f"not flat: {grown}; {counts}"
         return counts
