@@ -7,11 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu import launch_ahead
+
 
 @triton.jit
 def _rms_norm_kernel(
-    p_x, p_residual, p_weight, p_out, x_stride, residual_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
-):
+    p_x, p_residual, p_weight, p_out, x_stride, residual_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    launch_ahead.release(PDL)
+    launch_ahead.wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -50,6 +55,7 @@ def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: flo
             D=dim,
             BLOCK=block,
             ADD=residual_TD is not None,
+            **launch_ahead.options(x_TD.device),
             num_warps=_num_warps(block),
         )
     return out

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu import launch_ahead
+
 _HEADS = 8
 
 
@@ -53,7 +55,10 @@ def _rotary_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, angle_stride,
     N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, ROTARY: tl.constexpr,
     HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    launch_ahead.release(PDL)
+    launch_ahead.wait(PDL)
     i_token = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(1)
     Q_PARTS: tl.constexpr = (N + HEADS - 1) // HEADS
@@ -135,6 +140,7 @@ def rotary_kv_write(
         HEADS=heads,
         Q_NORM=q_norm_H is not None,
         K_NORM=k_norm_H is not None,
+        **launch_ahead.options(q_TNH.device),
         num_warps=2,
     )
     return out_TNH

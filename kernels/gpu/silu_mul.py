@@ -7,11 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu import launch_ahead
+
 _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul_kernel(p_x, p_out, x_stride, F: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(p_x, p_out, x_stride, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    launch_ahead.release(PDL)
+    launch_ahead.wait(PDL)
     i_row = tl.program_id(0).to(tl.int64)
     o_f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_f = o_f < F
@@ -29,6 +33,12 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
     if tokens:
         block = min(_BLOCK, triton.next_power_of_2(dim))
         _silu_mul_kernel[(tokens, triton.cdiv(dim, block))](
-            x_T2F, out_TF, x_T2F.stride(0), F=dim, BLOCK=block, num_warps=max(1, block // 256)
+            x_T2F,
+            out_TF,
+            x_T2F.stride(0),
+            F=dim,
+            BLOCK=block,
+            num_warps=max(1, block // 256),
+            **launch_ahead.options(x_T2F.device),
         )
     return out_TF
