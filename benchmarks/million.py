@@ -1,0 +1,253 @@
+"""A million requests in one file: uploaded, read, answered by an engine that answers at once, and downloaded again.
+
+    python benchmarks/million.py [--lines 1000000] [--only sqlite|postgres] [--workers 1]
+
+The file is made while it is sent and is nowhere whole: each line is one of OpenAI's with a custom_id and sampling parameters of its own
+(the seed differs from line to line with --own-configs). A real Redis, database (fsync on), API process and worker share this machine's
+cores with the client. For each database one JSON line is printed and appended to benchmarks/results/million.jsonl:
+
+    upload_s, upload_mib_per_s         POST /v1/files, until its reply
+    accepted_s                         POST /v1/batches, until its reply: from here on nothing is lost
+    read_s, read_lines_per_s           `validating`: the file becomes prompts and chunks
+    answered_s, rows_per_s             from `in_progress` to `completed`
+    download_s, download_lines_per_s   the output file, each line parsed and its custom_id counted
+    api_rss_mib_idle, …_highest        the API process before the upload, and its highest (VmHWM) after all of it; *_upload, *_read, *_run: at those ends
+    redis_mib_highest                  Redis's used_memory_peak, less what it used empty
+    status_*_ms                        GET /v1/batches/{id}, 20 a second, while the file is read and while it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+import httpx
+import redis
+from servers import PostgresServer, RedisServer, free_port
+from service import Service
+from worker_process import HeadraceProcess, wait_for
+
+from headrace.settings import Settings
+
+BOUNDARY = "headrace-million"
+RESULTS = ROOT / "benchmarks" / "results" / "million.jsonl"
+LINES_AT_ONCE = 2000
+
+
+def line(number: int, *, own_configs: bool) -> bytes:
+    body: dict[str, Any] = {
+        "model": "echo",
+        "messages": [{"role": "user", "content": f"prompt {number} with a few more words"}],
+        "max_tokens": 64,
+        "temperature": 0.7,
+    }
+    if own_configs:
+        body["seed"] = number
+    return (
+        json.dumps({"custom_id": f"row-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}).encode()
+        + b"\n"
+    )
+
+
+class Form:
+    """A multipart form whose file is made while it is sent."""
+
+    def __init__(self, lines: int, *, own_configs: bool) -> None:
+        self.bytes = 0
+        self._lines = lines
+        self._own_configs = own_configs
+
+    def __iter__(self) -> Iterator[bytes]:
+        head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--{BOUNDARY}\r\n'
+        yield (head + 'Content-Disposition: form-data; name="file"; filename="million.jsonl"\r\n\r\n').encode()
+        for start in range(0, self._lines, LINES_AT_ONCE):
+            stop = min(self._lines, start + LINES_AT_ONCE)
+            piece = b"".join(line(number, own_configs=self._own_configs) for number in range(start, stop))
+            self.bytes += len(piece)
+            yield piece
+        yield f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+class Poller:
+    """Asks for a batch's status 20 times a second, and keeps the times."""
+
+    def __init__(self, base_url: str, batch_id: str) -> None:
+        self._times_ms: list[float] = []
+        self._path = f"/v1/batches/{batch_id}"
+        self._base_url = base_url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.batch: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._base_url, timeout=60) as http:
+            while not self._stop.wait(0.05):
+                started = time.perf_counter()
+                self.batch = http.get(self._path).raise_for_status().json()
+                self._times_ms.append(1e3 * (time.perf_counter() - started))
+
+    def take(self, name: str) -> dict[str, float]:
+        """Return the figures since the last call, and begin anew."""
+        times, self._times_ms = sorted(self._times_ms) or [0.0], []
+        at = {"p50": 0.5, "p99": 0.99}
+        figures = {f"status_{name}_{key}_ms": round(times[int(len(times) * share)], 2) for key, share in at.items()}
+        return {**figures, f"status_{name}_max_ms": round(times[-1], 1)}
+
+    def wait_while(self, *states: str, timeout_s: float) -> None:
+        """Return when the batch is in none of these states any more."""
+        deadline = time.monotonic() + timeout_s
+        while self.batch.get("status", states[0]) in states:
+            assert time.monotonic() < deadline, f"still {self.batch['status']} at {self.batch['request_counts']}"
+            time.sleep(0.02)
+
+
+def memory_mib(process: HeadraceProcess, field: str) -> float:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return round(next(int(text.split()[1]) for text in lines if text.startswith(field)) / 1024, 1)
+
+
+def download(http: httpx.Client, file_id: str, lines: int) -> None:
+    """Read the output as it comes, and see that each custom_id is there once, with its own answer."""
+    seen = bytearray(lines)
+    with http.stream("GET", f"/v1/files/{file_id}/content") as reply:
+        reply.raise_for_status()
+        for text in reply.iter_lines():
+            row = json.loads(text)
+            number = int(row["custom_id"].removeprefix("row-"))
+            said = row["response"]["body"]["choices"][0]["message"]["content"]
+            assert said == f"echo prompt {number} with a few more words", row
+            seen[number] += 1
+    assert seen == b"\1" * lines, "a benchmark of wrong results says nothing"
+
+
+def measure(settings: Settings, folder: Path, server: RedisServer, asked: argparse.Namespace) -> dict[str, Any]:
+    """Run everything on one database and return its figures."""
+    service, port, lines = Service(settings, folder), free_port(), asked.lines
+    base_url = f"http://127.0.0.1:{port}"
+    arguments = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
+    with ExitStack() as stack:
+        link = stack.enter_context(redis.Redis.from_url(server.url))
+        api = stack.enter_context(HeadraceProcess(arguments, settings, folder / "api.log"))
+        http = stack.enter_context(httpx.Client(base_url=base_url, timeout=1800))
+        wait_for(lambda: "Uvicorn running" in api.log_tail(10**6), timeout_s=60, what="the API is up", process=api)
+        workers = [stack.enter_context(service.worker(concurrency=8)) for _ in range(asked.workers)]
+        for worker in workers:
+            service.ready(worker)
+        http.get("/v1/batches").raise_for_status()
+        figures: dict[str, Any] = {"lines": lines, "api_rss_mib_idle": memory_mib(api, "VmRSS")}
+        redis_empty = link.info("memory")["used_memory"]
+        link.config_resetstat()
+
+        form, started = Form(lines, own_configs=asked.own_configs), time.perf_counter()
+        kind = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+        file = http.post("/v1/files", content=iter(form), headers=kind).raise_for_status().json()
+        seconds = time.perf_counter() - started
+        assert file["bytes"] == form.bytes
+        figures |= {"file_mib": round(form.bytes / 2**20), "upload_s": round(seconds, 2)}
+        figures |= {"upload_mib_per_s": round(form.bytes / 2**20 / seconds, 1), "api_rss_mib_upload": memory_mib(api, "VmHWM")}
+        say("uploaded", figures)
+
+        started = time.perf_counter()
+        body = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        batch = http.post("/v1/batches", json=body).raise_for_status().json()
+        figures["accepted_s"] = round(time.perf_counter() - started, 3)
+        with Poller(base_url, batch["id"]) as poller:
+            poller.wait_while("validating", timeout_s=1800)
+            seconds = time.perf_counter() - started
+            figures |= {"read_s": round(seconds, 2), "read_lines_per_s": round(lines / seconds), **poller.take("read")}
+            figures["api_rss_mib_read"] = memory_mib(api, "VmHWM")
+            say("read", figures)
+            started = time.perf_counter()
+            poller.wait_while("in_progress", "finalizing", timeout_s=3600)
+            seconds = time.perf_counter() - started
+            figures |= {"answered_s": round(seconds, 1), "rows_per_s": round(lines / seconds), **poller.take("run")}
+        figures |= {"api_rss_mib_run": memory_mib(api, "VmHWM"), "worker_rss_mib": round(workers[0].rss_mib())}
+        figures["redis_mib_highest"] = round((link.info("memory")["used_memory_peak"] - redis_empty) / 2**20, 1)
+        say("answered", figures)
+
+        over = http.get(f"/v1/batches/{batch['id']}").json()
+        assert (over["status"], over["request_counts"]["completed"], over["error_file_id"]) == ("completed", lines, None), over
+        started = time.perf_counter()
+        download(http, over["output_file_id"], lines)
+        seconds = time.perf_counter() - started
+        figures |= {"download_s": round(seconds, 1), "download_lines_per_s": round(lines / seconds)}
+        figures["api_rss_mib_highest"] = memory_mib(api, "VmHWM")
+        figures["api_rss_mib_over_idle"] = round(figures["api_rss_mib_highest"] - figures["api_rss_mib_idle"], 1)
+    service.close()
+    return figures
+
+
+def say(what: str, figures: dict[str, Any]) -> None:
+    print(f"# {what}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+
+
+def databases(stack: ExitStack, folder: Path, only: str | None) -> Iterator[tuple[str, str]]:
+    if only != "postgres":
+        yield "sqlite", f"sqlite:///{folder}/headrace.db"
+    if only != "sqlite":
+        server = stack.enter_context(PostgresServer(durable=True))
+        yield "postgres", stack.enter_context(server.database())
+
+
+def main() -> None:
+    """Measure both databases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=1_000_000)
+    parser.add_argument("--only", choices=("sqlite", "postgres"))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--own-configs", action="store_true", help="sampling parameters that differ from line to line")
+    asked = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607  # git, with words of our own
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(RedisServer())
+        for database, url in databases(stack, folder, asked.only):
+            load = round(os.getloadavg()[0], 1)  # of others: beside other work every figure is a lower bound
+            settings = Settings(
+                model="echo", engine_frontend="echo_frontend:EchoFrontend", redis_url=server.url, database_url=url, home=folder,
+                max_prompts=max(asked.lines, 1_000_000), spool_dir=folder / "spool",
+            )  # fmt: skip
+            result = json.dumps(
+                {
+                    "engine": "echo",
+                    "database": database,
+                    "own_configs": asked.own_configs,
+                    "workers": asked.workers,
+                    **measure(settings, folder, server, asked),
+                    "device": f"{os.cpu_count()} CPU {platform.machine()}",
+                    "load_before": load,
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "commit": commit.stdout.strip(),
+                }
+            )
+            print(result, flush=True)
+            with RESULTS.open("a") as file:
+                file.write(result + "\n")
+            server.flush()
+
+
+if __name__ == "__main__":
+    main()
