@@ -7,6 +7,9 @@ Everything lives under one state directory, which one stack at a time holds by a
     headrace.db   SQLite, unless another database is named
     redis/        the append-only file, unless another Redis is named
     logs/         one file for each child, appended to
+    flower-login  user:password of Flower, unless FLOWER_BASIC_AUTH names another
+
+The directory is readable by its owner alone where the stack makes it: prompts, answers and the login lie in it.
 
 Children are started in the order of the list in `_specs` and stopped in the opposite order, so that nobody loses what it
 stands on. The stack knows commands and readiness; it knows nothing of prompts, batches or engines.
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from headrace import login
 from headrace.errors import Conflict
 from headrace.process import Child, ChildSpec, StackError, birth, kill_group
 from headrace.settings import Settings
@@ -55,7 +59,7 @@ class StackOptions:
     """For all children; `database_url` and `redis_url` are replaced where they are embedded."""
     state_dir: Path = DEFAULT_STATE_DIR
     host: str = "127.0.0.1"
-    """Where the API listens. Redis and Flower stay on the loopback interface: neither asks who calls."""
+    """Where the API listens. Redis, which asks nobody who calls, and Flower stay on the loopback interface."""
     api_port: int = 0
     redis_port: int = 0
     flower_port: int = 0
@@ -151,7 +155,7 @@ class Stack:
         Raise `Conflict` when a stack runs on this state directory already and `StackError` when a child does not come up;
         then everything that was started is stopped again.
         """
-        self._state_dir.mkdir(parents=True, exist_ok=True)
+        self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._take_lock()
         try:
             self._clear_leftovers(report)
@@ -268,6 +272,8 @@ class Stack:
         if self.urls.flower is not None:
             is_ready = partial(answers, f"{self.urls.flower}/healthcheck")
             flower = self._child("flower", flower_arguments(port=self._flower_port), is_ready)
+            # In the environment, which other users of the machine can't read as they can a command line.
+            flower = dataclasses.replace(flower, environ={**flower.environ, login.VARIABLE: login.login_of(self._state_dir)})
             # Flower's threads keep it from ending when it is asked to; it has nothing to lose.
             yield dataclasses.replace(flower, stop_timeout_s=2.0)
 
@@ -329,7 +335,7 @@ def api_arguments(*, host: str, port: int) -> list[str]:
 
 
 def flower_arguments(*, port: int, address: str = "127.0.0.1") -> list[str]:
-    """Return the arguments after `python` that start Flower. Its write API stays shut: it answers 401 to whoever has no account."""
+    """Return the arguments after `python` that start Flower. FLOWER_BASIC_AUTH in its environment says who may see it and use its API."""
     return [
         "-m",
         "celery",

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from headrace.cli import batches, demo, doctor, job, services, up
+from headrace.cli import batches, demo, doctor, ending, job, keys, services, up
 from headrace.errors import HeadraceError, InvalidRequest
 
 
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (demo, up, job, batches, services, doctor):
+    for module in (demo, up, job, batches, ending, keys, services, doctor):
         module.add_commands(commands)
     return root
 

@@ -27,6 +27,19 @@ def add_state_dir(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_database(command: argparse.ArgumentParser) -> None:
+    """Add what names a database without a running server."""
+    command.add_argument("--database-url", help="default: HEADRACE_DATABASE_URL, else SQLite in the state directory")
+    add_state_dir(command)
+
+
+def database_url(arguments: argparse.Namespace) -> str:
+    """Return the database's URL: what was given, what the operator set, or the one of the stack on the state directory."""
+    if arguments.database_url or is_set("HEADRACE_DATABASE_URL"):
+        return arguments.database_url or settings_of().database_url
+    return f"sqlite:///{arguments.state_dir.absolute()}/headrace.db"
+
+
 def add_json(command: argparse.ArgumentParser) -> None:
     """Add --json."""
     command.add_argument("--json", action="store_true", help="print JSON for machines")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from headrace import login
 from headrace.cli import console, options
 from headrace.settings import check_redis_url
 from headrace.stack import Stack, StackOptions, port_or_free
@@ -85,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     urls = stack.urls
     console.say(f"API     {urls.api}/docs")
     if urls.flower:
-        console.say(f"Flower  {urls.flower}")
+        where = login.VARIABLE if login.given() else f"{login.path_in(arguments.state_dir)} (user:password)"
+        console.say(f"Flower  {urls.flower}, login: {where}")
     console.say(
         f"Redis   {hide_password(urls.redis)}\nSQL     {hide_password(urls.database)}\nlogs    {arguments.state_dir}/logs\nCtrl-C stops all of it."
     )

@@ -26,7 +26,23 @@ from headrace.settings import get_settings
 from headrace.stack import find_redis
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "up", "run", "submit", "status", "results", "cancel", "worker", "api", "migrate", "bench", "doctor")
+COMMANDS = (
+    "demo",
+    "up",
+    "run",
+    "submit",
+    "status",
+    "results",
+    "cancel",
+    "retry",
+    "delete",
+    "keys",
+    "worker",
+    "api",
+    "migrate",
+    "bench",
+    "doctor",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -88,10 +89,19 @@ def test_up_serves_survives_a_dead_worker_and_leaves_nothing_running(tmp_path: P
         for url in (f"{urls['api']}/readyz", f"{urls['flower']}/healthcheck"):
             with urllib.request.urlopen(url, timeout=10) as reply:
                 assert reply.status == 200
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{urls['flower']}/api/tasks", timeout=10)
-        assert refused.value.code == 401
-        refused.value.close()
+        for page in ("/workers", "/api/tasks"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{urls['flower']}{page}", timeout=10)
+            assert refused.value.code == 401
+            refused.value.close()
+        login = (state / "flower-login").read_text().strip()
+        known = {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+        with urllib.request.urlopen(urllib.request.Request(f"{urls['flower']}/workers", headers=known), timeout=10) as reply:
+            assert reply.status == 200
+        assert "flower-login" in (tmp_path / "up.log").read_text()
+        told = [tmp_path / "up.log", state / "stack.json", *(state / "logs").iterdir()]
+        assert not [file for file in told if login.partition(":")[2] in file.read_text(errors="replace")]
+        assert (state.stat().st_mode & 0o777, (state / "flower-login").stat().st_mode & 0o777) == (0o700, 0o600)
 
         # A second stack on the same state directory would share the database and the append-only file.
         second = cli("up", "--state-dir", state, "--model", tiny_model_dir)

@@ -125,6 +125,12 @@ def test_the_settings_in_it_exist(services: dict[str, Any]) -> None:
         Settings.from_environ({name: str(value) for name, value in given.items() if name.startswith("HEADRACE_")})
 
 
+def test_flower_lets_nobody_in_who_is_not_named(services: dict[str, Any]) -> None:
+    """Empty, as it is where nobody set it, is a login that no request can have: tests/integration/test_flower.py tries."""
+    assert services["flower"]["environment"]["FLOWER_BASIC_AUTH"] == "${FLOWER_BASIC_AUTH:-}"
+    assert services["flower"]["ports"] == ["127.0.0.1:5555:5555"]
+
+
 def test_the_worker_gets_a_gpu_and_time_to_drain(services: dict[str, Any]) -> None:
     worker = services["worker"]
     (device,) = worker["deploy"]["resources"]["reservations"]["devices"]

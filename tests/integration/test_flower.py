@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
-from servers import free_port
+import pytest
+from servers import RedisServer, free_port
 from worker_process import HeadraceProcess, wait_for
 
 from headrace.config import GenerationConfig
+from headrace.settings import Settings
 from headrace.stack import flower_arguments
 
 SECRET = "the-secret-in-a-prompt"
@@ -83,3 +88,30 @@ def test_flower_shows_the_worker_and_legible_chunks(echo_service, sqlite_url: st
         seen = get(f"{base}/api/tasks") + get(f"{base}/api/workers") + metrics + get(f"{base}/task/{done[0]['uuid']}")
         assert SECRET not in seen
     assert SECRET not in worker.log_tail(10**6), "no prompt is logged"
+
+
+@pytest.mark.parametrize("login", [None, ":", "", "headrace:"])
+def test_an_empty_login_lets_nobody_in(closed_flower: str, login: str | None) -> None:
+    """docker-compose.yml hands on an empty FLOWER_BASIC_AUTH where nobody set one."""
+    headers = {} if login is None else {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+    for page in ("/workers", "/tasks", "/api/workers", "/api/tasks"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(closed_flower + page, headers=headers), timeout=30)
+        assert refused.value.code == 401
+        refused.value.close()
+
+
+@pytest.fixture(scope="module")
+def closed_flower(redis_process: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Flower whose login is empty."""
+    port = free_port()
+    redis_process.resume()
+    redis_process.start()
+    folder = tmp_path_factory.mktemp("flower")
+    settings = Settings(model="echo", redis_url=redis_process.url, database_url=f"sqlite:///{folder}/db")
+    with HeadraceProcess(
+        flower_arguments(port=port), settings, folder / "flower.log", environ={"FLOWER_BASIC_AUTH": ""}
+    ) as flower:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: answers(f"{url}/healthcheck"), timeout_s=30, what="flower answers", process=flower)
+        yield url
