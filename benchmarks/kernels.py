@@ -30,6 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.kernel_timing import Row, seconds
+from benchmarks.sampling_kernels import bench_all_filters, bench_sampling
+
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 64
 DECODE_SWEEP = {
     "1 x 1024",
@@ -42,46 +45,7 @@ DECODE_SWEEP = {
     "128 x 64..1984",
     "1 x 32768",
 }
-SAMPLE_SWEEP = (
-    (4096, 8, 1),
-    (4096, 8, 3),
-    (4096, 16, 1),
-    (4096, 16, 3),
-    (2048, 8, 1),
-    (2048, 8, 3),
-    (2048, 4, 1),
-    (4096, 32, 1),
-)
-HIDDEN, INTERMEDIATE, VOCAB = 4096, 14336, 128256
-Row = dict[str, Any]
-
-
-def seconds(*runs: Callable[[], object], repeats: int = 15) -> float:
-    """Median time of one call on the device, as an engine makes it: all of `runs` in a captured graph, replayed.
-
-    Several runs are one call over several sets of inputs, so that none finds its own in the L2 cache.
-    """
-    count = max(1, 8 // len(runs))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for run in runs * count:
-            run()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for _ in range(3):
-        graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    return times[len(times) // 2] * 1e-3 / (len(runs) * count)
+HIDDEN, INTERMEDIATE = 4096, 14336
 
 
 def failed_ops(ops: list[str]) -> tuple[set[str], int]:
@@ -158,14 +122,15 @@ def decode_loads() -> Iterator[tuple[str, list[int]]]:
     for rows, context in itertools.product((1, 8, 32, 64, 128, 256, 512), (512, 1024, 2048)):
         yield f"{rows} x {context}", [context] * rows
     generator = torch.Generator().manual_seed(0)
-    for rows in (32, 128, 256, 512):
+    for rows in (32, 64, 128, 256, 512):
         yield f"{rows} x 64..1984", torch.randint(64, 1985, (rows,), generator=generator).tolist()
+        yield f"{rows}, one in 16 x 4096, others x 256", [4096 if row % 16 == 5 else 256 for row in range(rows)]
     yield "1 x 32768", [32768]
 
 
 def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
-    from kernels.gpu import decode_attention as decode
-    from kernels.gpu.attention import paged_attention
+    from kernels.gpu.attention import paged_attention, plan_attention
+    from kernels.gpu.decode_plan import DecodeShape, plan_decode
 
     for name, lens in decode_loads():
         q, k_cache, v_cache, metadata = paged_inputs([(1, n) for n in lens])
@@ -180,16 +145,17 @@ def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
             share = round(rate / limit["read_gbs"], 3)
             return {"op": "decode", "load": load, "us": round(time * 1e6, 1), "gbs": round(rate), "of_read": share, **more}
 
-        yield row(seconds(*(partial(paged_attention, q, *cache, metadata, scale, None) for cache in caches)), name)
+        # As in a model: the plan is made once a step, not once a layer; it's timed as a row of its own.
+        planned = plan_attention(metadata, k_cache, (None,))
+        yield row(seconds(*(partial(paged_attention, q, *cache, planned, scale, None) for cache in caches)), name)
         if not sweep or name not in DECODE_SWEEP:
             continue
-        out, results = torch.empty_like(q), []
-        splits = [s for s in (1, 2, 4, 8, 16, 32) if s == 1 or (s * len(lens) <= 1024 and s * 128 <= max(lens))]
-        for tile, warps, stages, split in itertools.product((64,), (2, 4), (2, 3, 4), splits):
-            shape = decode.DecodeShape(tile=tile, splits=split, num_warps=warps, stages=stages)
-            arguments = (metadata.block_tables_RP, metadata.context_lens_R, out)
-            options = {"scale": scale, "sliding_window": None, "shape": shape}
-            time = seconds(*(partial(decode.decode_attention, q, *cache, *arguments, **options) for cache in caches), repeats=5)
+        results = []
+        for warps, stages, programs in itertools.product((2, 4), (2, 3, 4), (132, 264, 528)):
+            shape = DecodeShape(tile=64, programs=programs, least=2, num_warps=warps, stages=stages)
+            plan = plan_decode(metadata.context_lens_R, num_kv_heads=KV_HEADS, sliding_window=None, shape=shape)
+            other = metadata._replace(plans=(plan,))
+            time = seconds(*(partial(paged_attention, q, *cache, other, scale, None) for cache in caches), repeats=5)
             results.append((time, shape))
         for time, shape in sorted(results)[:4]:
             yield row(time, name, shape=list(shape))
@@ -278,44 +244,47 @@ def bench_small(limit: Row, *, sweep: bool) -> Iterator[Row]:
         )
 
 
-def bench_sampling(limit: Row, *, sweep: bool) -> Iterator[Row]:
-    """Time sampling over an 8B model's vocabulary, by reads of the logits that the time would pay for."""
-    from kernel_cases import sampling_inputs
+def bench_planning(_limit: Row, *, sweep: bool) -> Iterator[Row]:
+    """Time what a step pays once for all its layers."""
+    del sweep
+    from kernels.gpu.attention import plan_attention
 
-    from kernels.gpu import sampling
+    for rows in (1, 32, 128, 512, 1024):
+        _, k_cache, _, metadata = paged_inputs([(1, 1024)] * rows)
+        time = seconds(partial(plan_attention, metadata, k_cache, (None,)))
+        yield {"op": "decode_plan", "load": f"{rows} rows", "us": round(time * 1e6, 1)}
 
-    wishes: dict[str, dict[str, float]] = {
-        "greedy": {"greedy": True},
-        "temperature": {},
-        "top_k 40, top_p 0.95": {"top_k": 40, "top_p": 0.95},
-        "top_p 0.95": {"top_p": 0.95},
-        "min_p 0.05": {"min_p": 0.05},
-    }
-    for kind, rows in itertools.product(("peaked", "flat"), (1, 64, 512, 1024)):
-        logits = torch.randn(rows, VOCAB, device="cuda")
-        if kind == "peaked":
-            # A language model's: a few hundred tokens far above a floor that holds next to nothing.
-            logits.scatter_add_(
-                1, torch.randint(0, VOCAB, (rows, 300), device="cuda"), 10 + 3 * torch.randn(rows, 300, device="cuda")
-            )
-        for name, wish in wishes.items():
-            inputs = sampling_inputs(rows, device="cuda", **wish)
-            flags = (name != "greedy", "top_k" in wish, "top_p" in wish, "min_p" in wish)
-            shapes = SAMPLE_SWEEP if sweep and kind == "peaked" and name in ("greedy", "top_k 40, top_p 0.95") else ()
-            for shape in (None, *shapes):
-                chosen = sampling.SampleShape(*shape) if shape else None
-                time = seconds(partial(sampling.sample, logits, inputs, *flags, shape=chosen), repeats=5)
-                reads = round(time * limit["read_gbs"] * 1e9 / logits.numel() / 4, 1)
-                load = f"{rows} rows, {kind}, {name}"
-                row = {"op": "sampling", "load": load, "us": round(time * 1e6, 1), "row_reads": reads}
-                yield row | ({"shape": shape} if shape else {})
+
+def bench_blocks(limit: Row, *, sweep: bool) -> Iterator[Row]:
+    """Time the moves of KV blocks: inside the device's memory, and to and from pinned host memory beside a plain copy's rate."""
+    del sweep
+    from kernels.gpu import blocks
+
+    shape = (512, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    cache = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    host = torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)
+    order = torch.stack([torch.randperm(512), torch.randperm(512)], 1).cuda()
+    half = torch.stack([torch.arange(256), torch.arange(256, 512)], 1).cuda()
+
+    def row(op: str, size: int, time: float, **more: Any) -> Row:
+        return {"op": op, "load": f"{size >> 20} MiB", "us": round(time * 1e6, 1), "gbs": round(size / time / 1e9, 1), **more}
+
+    time = seconds(partial(blocks.copy_blocks, [cache], half))
+    yield row("copy_blocks", cache.nbytes, time, of_copy=round(cache.nbytes / time / 1e9 / limit["copy_gbs"], 3))
+    for name, source, destination in (("to the host", cache, host), ("to the device", host, cache)):
+        plain = cache.nbytes / seconds(partial(destination.copy_, source, non_blocking=True), repeats=5)
+        time = seconds(partial(blocks.swap_blocks, [source], [destination], order), repeats=5)
+        yield row(f"swap_blocks {name}", cache.nbytes, time, of_plain_copy=round(cache.nbytes / time / plain, 3))
 
 
 BENCHES: dict[str, tuple[Callable[..., Iterator[Row]], set[str]]] = {
-    "decode": (bench_decode, {"decode", "decode_splits"}),
+    "decode": (bench_decode, {"decode", "decode_shares"}),
     "prefill": (bench_prefill, {"prefill"}),
     "small": (bench_small, {"rms_norm", "silu_mul", "rotary", "blocks"}),
     "sampling": (bench_sampling, {"sampling"}),
+    "planning": (bench_planning, {"decode_shares"}),
+    "blocks": (bench_blocks, {"blocks"}),
+    "all_filters": (bench_all_filters, {"sampling", "token_masks"}),
 }
 
 

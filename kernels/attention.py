@@ -8,11 +8,15 @@ A cache is [B, K, S, H]: block, kv head, position in the block, head dim. Positi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from kernels import reference_attention
+
+if TYPE_CHECKING:
+    from kernels.gpu.decode_plan import DecodePlan
 
 
 class AttentionMetadata(NamedTuple):
@@ -33,11 +37,29 @@ class AttentionMetadata(NamedTuple):
     max_query_len: int
     """At least the longest row's query length (the grid of the prefill kernel)."""
     max_context_len: int
-    """At least the longest row's context (used to decide splits; a captured graph serves any context up to P · S)."""
+    """At least the longest row's context. No kernel needs it now: a launch serves any context up to P · S."""
     query_lens: tuple[int, ...] | None = None
     """Host copy of the rows' query lengths; the CPU path reads it where given."""
     host_context_lens: tuple[int, ...] | None = None
     """Host copy of `context_lens_R`, a new tuple each step: the CPU path keeps what it derives from it across layers."""
+    plans: tuple[DecodePlan, ...] = ()
+    """How the GPU shares the single-token rows, one plan for each sliding window; filled by `plan_attention`."""
+
+
+def plan_attention(
+    metadata: AttentionMetadata, k_cache_BKSH: Tensor, *, windows: Iterable[int | None] = (None,)
+) -> AttentionMetadata:
+    """Give the metadata with the single-token rows shared among the GPU's programs: once a step, for all of its layers.
+
+    `k_cache_BKSH`: any layer's cache (all are alike); `windows`: the sliding windows of the step's layers. A call of
+    `paged_attention` for which there is no plan makes its own, at a launch more. The plan holds for the lengths that
+    `context_lens_R` has when it is made; in a captured graph it must be made inside the capture. On a CPU nothing is planned.
+    """
+    if not k_cache_BKSH.is_cuda:
+        return metadata
+    from kernels.gpu import attention as gpu
+
+    return gpu.plan_attention(metadata, k_cache_BKSH, windows)
 
 
 def paged_attention(

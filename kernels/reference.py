@@ -96,3 +96,10 @@ def copy_blocks(caches: Sequence[Tensor], pairs_P2: Tensor) -> None:
     source_P, destination_P = pairs_P2.unbind(dim=1)
     for cache in caches:
         cache[destination_P] = cache[source_P]
+
+
+def swap_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs_P2: Tensor) -> None:
+    """destinations[i][destination] = sources[i][source] for each (source, destination) row."""
+    source_P, destination_P = pairs_P2.unbind(dim=1)
+    for source, destination in zip(sources, destinations, strict=True):
+        destination[destination_P] = source[source_P]

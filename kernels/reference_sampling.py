@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kernels.reference import wide
+
 if TYPE_CHECKING:
     from kernels.sampling import PenaltyInputs, SamplingInputs
 
@@ -55,7 +57,7 @@ def sample(
     random_R = (~inputs.greedy_R).nonzero().squeeze(1)
     if not len(random_R):
         return tokens_R
-    x_RV = logits_RV[random_R] / inputs.temperature_R[random_R, None]
+    x_RV = wide(logits_RV[random_R]) / inputs.temperature_R[random_R, None]
     x_RV.nan_to_num_(nan=0.0)
     u_R = uniform(inputs.seed_R[random_R], inputs.position_R[random_R], inputs.choice_R[random_R])
     off_R = torch.zeros_like(u_R)

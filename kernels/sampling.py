@@ -83,8 +83,10 @@ def sample(
     any_top_p: bool = True,
     any_min_p: bool = True,
 ) -> Tensor:
-    """Choose one token a row; gives int64 [R]. `logits_RV` float32 with a contiguous last dimension is not changed.
+    """Choose one token a row; gives int64 [R]. `logits_RV` has a contiguous last dimension and is not changed.
 
+    Logits may be float32, bfloat16 or float16: each is read as the float32 that it stands for, so the tokens are those of
+    a float32 copy, which costs more than the reading.
     The flags say whether any row of the step is not greedy, or uses a filter: what is false is not computed (and a row
     that used it all the same would be computed without it). Ties for the largest logit go to the lowest id. A row for
     which `has_nan` is true gets a token that means nothing, but a valid id.
@@ -98,25 +100,36 @@ def sample(
 
 
 def has_nan(logits_RV: Tensor) -> Tensor:
-    """Say, as bool [R], which rows no token can be drawn from: they hold a NaN or +inf, or nothing but -inf."""
+    """Say, as bool [R], which rows no token can be drawn from: they hold a NaN or +inf, or nothing but -inf. Any float type."""
     return ~torch.isfinite(logits_RV.amax(dim=-1))
 
 
 def apply_penalties(logits_RV: Tensor, inputs: PenaltyInputs) -> None:
-    """Apply repetition, then frequency, then presence penalties to `logits_RV` (float32), in place.
+    """Apply repetition, then frequency, then presence penalties to `logits_RV`, in place.
 
+    Float32 only (TypeError otherwise): a narrower type would round the sums one after the other.
     Costs a gather and a scatter of the rows' histories, not a pass over the vocabulary; waits for no device.
     """
+    _require_float32(logits_RV, "penalties")
     reference_sampling.apply_penalties(logits_RV, inputs)
 
 
 def add_bias(logits_RV: Tensor, rows: Tensor, tokens: Tensor, values: Tensor) -> None:
-    """logits[rows[i], tokens[i]] += values[i], in place. Pairs must not repeat (the order of repeated sums is not fixed)."""
+    """logits[rows[i], tokens[i]] += values[i], in place. Pairs must not repeat (the order of repeated sums is not fixed).
+
+    Float32 only, as penalties.
+    """
+    _require_float32(logits_RV, "bias")
     logits_RV.index_put_((rows, tokens), values.to(logits_RV.dtype), accumulate=True)
 
 
+def _require_float32(logits_RV: Tensor, edit: str) -> None:
+    if logits_RV.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{edit} needs float32 logits, not {logits_RV.dtype}: make a float32 copy first")
+
+
 def ban(logits_RV: Tensor, rows: Tensor, tokens: Tensor) -> None:
-    """logits[rows[i], tokens[i]] = -inf, in place."""
+    """logits[rows[i], tokens[i]] = -inf, in place. Any float type."""
     # A tensor on the device: assigning a Python number copies it there, and that copy waits for all the device's work.
     logits_RV.index_put_((rows, tokens), logits_RV.new_full((), float("-inf")))
 
@@ -124,7 +137,7 @@ def ban(logits_RV: Tensor, rows: Tensor, tokens: Tensor) -> None:
 def allow_only(logits_RV: Tensor, rows_Q: Tensor, words_QW: Tensor) -> None:
     """logits[rows[q], t] = -inf, in place, wherever bit t % 32 of words[q, t // 32] (int32) is 0 or there is no such word.
 
-    `logits_RV` float32 with a contiguous last dimension; `rows_Q` int64, none twice. The other rows are not touched.
+    `logits_RV` of any float type with a contiguous last dimension; `rows_Q` int64, none twice. The other rows are not touched.
     """
     if logits_RV.is_cuda:
         from kernels.gpu import token_masks as gpu
@@ -135,7 +148,8 @@ def allow_only(logits_RV: Tensor, rows_Q: Tensor, words_QW: Tensor) -> None:
 
 
 def token_logprobs(logits_RV: Tensor, tokens_R: Tensor, k: int) -> TokenLogprobs:
-    """Log probabilities of the chosen tokens and of the k likeliest, under softmax(logits) as given. k may be 0."""
+    """Log probabilities of the chosen tokens and of the k likeliest, under softmax(logits) as given, in float32. k may be 0."""
+    logits_RV = logits_RV.float()
     total_R1 = torch.logsumexp(logits_RV, dim=-1, keepdim=True)
     chosen_R1 = logits_RV.gather(1, tokens_R[:, None].long())
     top_Rk, ids_Rk = torch.topk(logits_RV, k, dim=-1)

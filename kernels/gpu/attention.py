@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.gpu import decode_attention, prefill_attention
+from kernels.gpu.decode_plan import DecodePlan, choose_shape, plan_decode
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionMetadata
@@ -16,8 +18,52 @@ if TYPE_CHECKING:
 
 @cache
 def _num_sms(device: torch.device) -> int:
-    """Multiprocessors of a device; an H100's where kernels are interpreted on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """Multiprocessors of a device; a small one's where kernels are interpreted on the CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def plan_attention(metadata: AttentionMetadata, k_cache_BKSH: Tensor, windows: Iterable[int | None]) -> AttentionMetadata:
+    """See `kernels.attention.plan_attention`."""
+    lens_R = metadata.context_lens_R[: metadata.num_single]
+    plans = tuple(_plan(lens_R, k_cache_BKSH, window) for window in set(windows)) if metadata.num_single else ()
+    return metadata._replace(plans=plans)
+
+
+def _plan(context_lens_R: Tensor, cache_BKSH: Tensor, sliding_window: int | None) -> DecodePlan:
+    _, num_kv_heads, size, head_dim = cache_BKSH.shape
+    shape = choose_shape(
+        rows=len(context_lens_R),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=size,
+        itemsize=cache_BKSH.element_size(),
+        num_sms=_num_sms(cache_BKSH.device),
+    )
+    return plan_decode(context_lens_R, num_kv_heads=num_kv_heads, sliding_window=sliding_window, shape=shape)
+
+
+def _attend_singles(
+    q_RNH: Tensor,
+    k_cache_BKSH: Tensor,
+    v_cache_BKSH: Tensor,
+    metadata: AttentionMetadata,
+    out_TNH: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> None:
+    """Attend the rows of one token by the step's plan, or by one of this call's own where the step has none."""
+    plan = next((plan for plan in metadata.plans if plan.sliding_window == sliding_window), None)
+    if plan is None:
+        plan = _plan(metadata.context_lens_R[: metadata.num_single], k_cache_BKSH, sliding_window)
+    decode_attention.decode_attention(
+        q_RNH,
+        k_cache_BKSH,
+        v_cache_BKSH,
+        metadata.block_tables_RP,
+        plan,
+        out_TNH,
+        scale=scale,
+    )
 
 
 def paged_attention(
@@ -30,29 +76,11 @@ def paged_attention(
 ) -> Tensor:
     """See `kernels.attention.paged_attention`."""
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-    num_kv_heads, size, head_dim = k_cache_BKSH.shape[1:]
+    size, head_dim = k_cache_BKSH.shape[2:]
     num_rows, num_single = len(metadata.context_lens_R), metadata.num_single
     itemsize = k_cache_BKSH.element_size()
     if num_single:
-        decode_attention.decode_attention(
-            q_TNH[:num_single],
-            k_cache_BKSH,
-            v_cache_BKSH,
-            metadata.block_tables_RP,
-            metadata.context_lens_R,
-            out_TNH,
-            scale=scale,
-            sliding_window=sliding_window,
-            shape=decode_attention.choose_shape(
-                rows=num_single,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                block_size=size,
-                itemsize=itemsize,
-                max_context=metadata.max_context_len,
-                num_sms=_num_sms(q_TNH.device),
-            ),
-        )
+        _attend_singles(q_TNH[:num_single], k_cache_BKSH, v_cache_BKSH, metadata, out_TNH, scale, sliding_window)
     if num_rows > num_single:
         prefill_attention.prefill_attention(
             q_TNH,

@@ -74,9 +74,9 @@ def _nucleus_key(b_key, b_weight, bound):
 
 @triton.jit
 def _values(p_row, start, V, BLOCK: tl.constexpr):
-    """A block of the row's logits; -inf past the vocabulary."""
+    """A block of the row's logits in float32; -inf past the vocabulary."""
     o_v = start + tl.arange(0, BLOCK)
-    return tl.load(p_row + o_v, mask=o_v < V, other=float("-inf"))
+    return tl.load(p_row + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit

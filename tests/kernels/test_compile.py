@@ -12,8 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has replaced the compiler in this process", allow_module_level=True)
 
-from kernel_cases import attention_case, sampling_inputs
-from kernel_checks import ATTENTION_SHAPES
+from kernel_cases import ATTENTION_SHAPES, attention_case, sampling_inputs
 from kernel_launches import Launch, compile_for, recorded
 
 from kernels.gpu import attention, blocks, rms_norm, rotary, sampling, silu_mul, token_masks

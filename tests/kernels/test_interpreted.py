@@ -25,6 +25,7 @@ OPS = [
     "rotary q",
     "rotary kv",
     "copy_blocks",
+    "swap_blocks",
     "decode_attention",
     "prefill_attention",
     "sample",

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import relative_error
 
 import kernels
-from kernels.blocks import copy_blocks
+from kernels.blocks import copy_blocks, swap_blocks
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary_kv_write
 from kernels.silu_mul import silu_mul
@@ -99,6 +99,25 @@ def test_copy_blocks() -> None:
         assert torch.equal(cache, old[[8, 1, 2, 3, 4, 1, 1, 7, 8]])
     copy_blocks(caches, [])
     copy_blocks([], [(1, 2)])
+
+
+def test_swap_blocks() -> None:
+    device, host = [torch.randn(6, 2, 4), torch.randn(6, 3)], [torch.randn(9, 2, 4), torch.randn(9, 3)]
+    before = [cache.clone() for cache in host]
+    swap_blocks(device, host, [(1, 8), (5, 0), (1, 2)])
+    for cache, old, source in zip(host, before, device, strict=True):
+        assert torch.equal(cache[[8, 0, 2]], source[[1, 5, 1]])
+        assert torch.equal(cache[[1, 3, 4, 5, 6, 7]], old[[1, 3, 4, 5, 6, 7]])
+    back = [torch.zeros_like(cache) for cache in device]
+    swap_blocks(host, back, torch.tensor([(8, 1), (0, 5)]))
+    for cache, source in zip(back, device, strict=True):
+        assert torch.equal(cache[[1, 5]], source[[1, 5]])
+        assert not cache[[0, 2, 3, 4]].any()
+    swap_blocks(device, host, [])
+    with pytest.raises(ValueError, match="1 caches to swap from and 2 to swap to"):
+        swap_blocks(device[:1], host, [(0, 0)])
+    with pytest.raises(ValueError, match="don't fit"):
+        swap_blocks(device, [host[0].half(), host[1]], [(0, 0)])
 
 
 def test_transformers_does_not_take_this_package_for_its_own() -> None:

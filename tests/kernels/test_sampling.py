@@ -127,6 +127,25 @@ def test_has_nan_names_the_rows_no_token_can_be_drawn_from() -> None:
     assert ((tokens >= 0) & (tokens < 33)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_read_as_the_float32_they_stand_for(dtype: torch.dtype) -> None:
+    logits = logits_of(40, 700, kind="smooth", seed=5).to(dtype)
+    inputs = sampling_inputs(40, temperature=0.7, top_k=[0, 30] * 20, top_p=[1.0, 0.9, 0.8, 1.0] * 10, min_p=0.01)
+    assert torch.equal(sample(logits, inputs), sample(logits.float(), inputs))
+    assert torch.equal(sample(logits, inputs, any_random=False), logits.float().argmax(-1))
+    got, expected = (token_logprobs(x, logits.argmax(-1), 3) for x in (logits, logits.float()))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert got.logprob_R.dtype == torch.float32
+    logits[1], logits[2, 5], logits[3, :] = -math.inf, math.nan, 0.0
+    assert has_nan(logits).nonzero().flatten().tolist() == [1, 2]
+    ban(logits, torch.tensor([3]), torch.tensor([0]))
+    allow_only(logits, torch.tensor([4]), torch.full((1, 30), 1, dtype=torch.int32))
+    assert (logits[3] == -math.inf).nonzero().flatten().tolist() == [0]
+    assert (logits[4] > -math.inf).nonzero().flatten().tolist() == list(range(0, 700, 32))
+    with pytest.raises(TypeError, match="float32"):
+        add_bias(logits, torch.tensor([0]), torch.tensor([0]), torch.tensor([1.0]))
+
+
 def test_penalties_against_a_loop() -> None:
     rows, vocab, length = 5, 12, 9
     logits = torch.randn(7, vocab) * 2

@@ -14,6 +14,19 @@ from torch import Tensor
 from kernels.attention import AttentionMetadata
 from kernels.sampling import SamplingInputs
 
+# Query heads, kv heads, head dim, block size: every value of each, not every combination (each is a compilation).
+ATTENTION_SHAPES = [
+    (9, 3, 64, 16),
+    (32, 8, 64, 64),
+    (4, 4, 96, 32),
+    (16, 1, 96, 64),
+    (32, 8, 128, 64),
+    (32, 8, 128, 128),
+    (40, 8, 128, 16),
+    (4, 4, 256, 64),
+    (16, 1, 256, 16),
+]
+
 ATTENTION_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 

@@ -18,11 +18,12 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch
-from kernel_cases import ATTENTION_TOLERANCE, attention_case, naive_attention, relative_error, sampling_inputs
+from kernel_cases import ATTENTION_SHAPES, ATTENTION_TOLERANCE, attention_case, naive_attention, relative_error, sampling_inputs
 from torch import Tensor
 
 from kernels import reference, reference_sampling
 from kernels.gpu import attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
+from kernels.gpu.decode_plan import DecodeShape, plan_decode
 from kernels.sampling import SamplingInputs
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -47,6 +48,8 @@ class Scale(NamedTuple):
     device: str
     dtypes: tuple[torch.dtype, ...]
     small: bool
+    shapes: Sequence[tuple[int, int, int, int]]
+    """Attention's query heads, kv heads, head dim and block size."""
 
 
 def _randn(scale: Scale, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -110,20 +113,23 @@ def check_blocks(scale: Scale) -> Iterator[Check]:
         order = [8, 1, 2, 3, 4, 1, 1, 7, 8]
         error = max(relative_error(cache, old[order]) for cache, old in zip(caches, before, strict=True))
         yield Check("copy_blocks", str(dtype), error, 0.0)
-
-
-# Query heads, kv heads, head dim, block size: every value of each, not every combination (each is a compilation).
-ATTENTION_SHAPES = [
-    (9, 3, 64, 16),
-    (32, 8, 64, 64),
-    (4, 4, 96, 32),
-    (16, 1, 96, 64),
-    (32, 8, 128, 64),
-    (32, 8, 128, 128),
-    (40, 8, 128, 16),
-    (4, 4, 256, 64),
-    (16, 1, 256, 16),
-]
+        pairs = torch.tensor([(0, 4), (3, 0), (3, 2)], device=scale.device)
+        host = [torch.randn(5, *cache.shape[1:]).to(dtype) for cache in caches]
+        if scale.device != "cpu":
+            host = [cache.pin_memory() for cache in host]
+        for name, sources, destinations in (("to the host", caches, host), ("to the device", host, caches)):
+            expected = [
+                (source[[0, 3, 3]].cpu(), kept[[1, 3]].cpu()) for source, kept in zip(sources, destinations, strict=True)
+            ]
+            blocks.swap_blocks(sources, destinations, pairs)
+            if scale.device != "cpu":
+                torch.cuda.synchronize()
+            error = max(
+                relative_error(cache[order].cpu(), want)
+                for cache, wants in zip(destinations, expected, strict=True)
+                for order, want in zip(([4, 0, 2], [1, 3]), wants, strict=True)
+            )
+            yield Check("swap_blocks", f"{name} {dtype}", error, 0.0)
 
 
 def _attention_error(scale: Scale, lens: list[tuple[int, int]], **options: object) -> float:
@@ -134,41 +140,43 @@ def _attention_error(scale: Scale, lens: list[tuple[int, int]], **options: objec
 
 def check_decode(scale: Scale) -> Iterator[Check]:
     lens = [(1, n) for n in ((0, 1, 63, 100, 64) if scale.small else (0, 1, 63, 64, 65, 100, 777, 2048, 1500, 16))]
-    shapes = [(4, 4, 64, 16), (6, 2, 96, 64)] if scale.small else ATTENTION_SHAPES
+    shapes = [(4, 4, 64, 16), (6, 2, 96, 64)] if scale.small else scale.shapes
     for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
         for window in (None, 50) if head_dim != 96 or not scale.small else (None,):
             options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
-            error = _attention_error(scale, lens, sliding_window=window, **options)
+            # Many rows without a window and few with one: a launch of each shape that `choose_shape` picks.
+            more = [(1, 1 + 7 * n % 200) for n in range(300)] if window is None and not scale.small else []
+            error = _attention_error(scale, lens + more, sliding_window=window, **options)
             case = f"{heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}"
             yield Check("decode_attention", case, error, ATTENTION_TOLERANCE[dtype])
 
 
-def check_decode_splits(scale: Scale) -> Iterator[Check]:
-    """The same rows however they are cut, given lengths that leave some shares empty."""
-    cuts = ((2, None), (4, 300)) if scale.small else tuple(itertools.product((2, 4, 16), (None, 300)))
-    for dtype, (splits, window) in itertools.product(scale.dtypes, cuts):
-        lens = [(1, n) for n in ((0, 257, 600) if scale.small else (0, 5, 256, 257, 600, 1100, 5000))]
+def check_decode_shares(scale: Scale) -> Iterator[Check]:
+    """The same rows however they are cut: not at all, the long ones in a few parts, everything as small as allowed."""
+    cuts = (
+        ((1, 1, None), (6, 1, 300), (30, 4, None))
+        if scale.small
+        else tuple(itertools.product((1, 8, 40, 264, 2000), (1, 4), (None, 300)))
+    )
+    for dtype, (programs, least, window) in itertools.product(scale.dtypes, cuts):
+        lens = [(1, n) for n in ((0, 257, 0, 600) if scale.small else (0, 5, 256, 0, 257, 600, 1100, 5000, 0, *range(1, 70)))]
         case = attention_case(lens, heads=6, kv_heads=2, block_size=64, dtype=dtype, device=scale.device, sliding_window=window)
-        out = torch.full_like(case.q_TNH, torch.nan)
-        decode_attention.decode_attention(
-            case.q_TNH,
-            case.k_cache_BKSH,
-            case.v_cache_BKSH,
-            case.metadata.block_tables_RP,
-            case.metadata.context_lens_R,
-            out,
-            scale=case.scale,
-            sliding_window=window,
-            shape=decode_attention.DecodeShape(tile=64, splits=splits, num_warps=2, stages=3),
-        )
-        error = relative_error(out, naive_attention(case))
-        yield Check("decode_attention", f"{splits} splits, window={window} {dtype}", error, ATTENTION_TOLERANCE[dtype])
+        shape = DecodeShape(tile=64, programs=programs, least=least, num_warps=4, stages=3)
+        plan = plan_decode(case.metadata.context_lens_R, num_kv_heads=2, sliding_window=window, shape=shape)
+        name = f"{programs} programs, at least {least} tiles, window={window} {dtype}"
+        # Twice by one plan, as two layers of a step: the first must leave the plan as it found it.
+        for _ in range(2):
+            out = torch.full_like(case.q_TNH, torch.nan)
+            caches = (case.k_cache_BKSH, case.v_cache_BKSH)
+            decode_attention.decode_attention(case.q_TNH, *caches, case.metadata.block_tables_RP, plan, out, scale=case.scale)
+            error = relative_error(out, naive_attention(case))
+            yield Check("decode_attention", name, error, ATTENTION_TOLERANCE[dtype])
 
 
 def check_prefill(scale: Scale) -> Iterator[Check]:
     lens = [(5, 5), (67, 90)] if scale.small else [(63, 63), (100, 100), (5, 1000), (2, 2), (300, 812), (1000, 1000)]
     lens += [(1, 33), (1, 1)]
-    shapes = [(4, 2, 64, 16), (2, 2, 96, 64)] if scale.small else ATTENTION_SHAPES
+    shapes = [(4, 2, 64, 16), (2, 2, 96, 64)] if scale.small else scale.shapes
     for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
         for window in (None, 40):
             options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
@@ -241,8 +249,13 @@ def check_sampling(scale: Scale) -> Iterator[Check]:
             for name, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0), ("greedy", False))
         }
         inputs = sampling_inputs(rows, seed=vocab, device=scale.device, **columns)
-        tokens = sampling.sample(logits, inputs, True, True, True, True)
+        flags = (True, True, True, True)
+        tokens = sampling.sample(logits, inputs, *flags)
         yield Check("sample", f"{kind}, vocabulary {vocab}", draw_distance(logits, tokens, inputs), 2e-5)
+        for dtype in (torch.float16,) if scale.small else (torch.float16, torch.bfloat16):
+            narrow = logits.to(dtype)
+            same = sampling.sample(narrow, inputs, *flags) == sampling.sample(narrow.float(), inputs, *flags)
+            yield Check("sample", f"{kind}, vocabulary {vocab}, {dtype}", float((~same).sum()), 0.0)
         best = sampling.sample(logits, inputs, False, False, False, False)
         yield Check("sample", f"{kind}, vocabulary {vocab}, greedy", float((best != logits.argmax(-1)).sum()), 0.0)
         off = SamplingInputs(*inputs)._replace(
@@ -272,17 +285,22 @@ CHECKS: dict[str, Callable[[Scale], Iterator[Check]]] = {
     "rotary": check_rotary,
     "blocks": check_blocks,
     "decode": check_decode,
-    "decode_splits": check_decode_splits,
+    "decode_shares": check_decode_shares,
     "prefill": check_prefill,
     "sampling": check_sampling,
     "token_masks": check_token_masks,
 }
 
 
-def run_checks(names: Sequence[str], dtypes: Sequence[str], device: str) -> Iterator[Check]:
+def run_checks(
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    device: str,
+    shapes: Sequence[tuple[int, int, int, int]] = tuple(ATTENTION_SHAPES),
+) -> Iterator[Check]:
     """Run the named checks on a device, in memory where everything uninitialised is NaN."""
     torch.manual_seed(0)
-    scale = Scale(device, tuple(getattr(torch, dtype) for dtype in dtypes), small=device == "cpu")
+    scale = Scale(device, tuple(getattr(torch, dtype) for dtype in dtypes), small=device == "cpu", shapes=shapes)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for name in names:
