@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
 from engine.models.spec import ModelSpec
-from kernels.attention import AttentionMetadata, paged_attention
+from kernels.attention import AttentionMetadata, paged_attention, plan_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary_kv_write
 from kernels.silu_mul import silu_mul
@@ -82,6 +82,8 @@ class Decoder:
     def hidden(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Give what the head reads: the normed hidden states [R, D] of the sampled tokens. Keys and values are written."""
         eps = self.spec.norm_eps
+        windows = {layer.window for layer in self.layers}
+        inputs = inputs._replace(attention=plan_attention(inputs.attention, caches[0].k_BKSH, windows=windows))
         residual_TD = self.embedding(inputs.tokens_T)
         x_TD = rms_norm(residual_TD, self.layers[0].input_norm_D, eps)
         following = [layer.input_norm_D for layer in self.layers[1:]] + [self.norm_D]
