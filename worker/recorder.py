@@ -103,6 +103,11 @@ class Ledger:
             return self._recorder.changed.wait_for(lambda: self.recorded >= self.arrived or not self.wants_rows, timeout_s)
 
     @property
+    def is_answered(self) -> bool:
+        """Whether the engine has nothing left to compute of it."""
+        return self.arrived >= self.owed
+
+    @property
     def seconds(self) -> float:
         """How long it has been open."""
         return max(time.monotonic() - self._opened, 1e-3)

@@ -101,6 +101,7 @@ class Runtime:
         """Called when the engine is lost, so that the process ends. Set by the lifecycle."""
         self.has_lost_engine = False
         """Set: leases are renewed no more."""
+        self._has_told_spool_full = False
         self._chunks = 0
         self._chunks_changed = threading.Condition()
         self._chunks_done = 0
@@ -154,15 +155,18 @@ class Runtime:
         try:
             self.recorder.save_waiting(age_s=self.settings.flush_interval_s + SPOOL_EVERY_S)
         except SpoolFull as error:
-            at_work = [ledger for ledger in self.recorder.ledgers() if ledger.verdict is None]
-            if at_work:
+            at_work = [ledger for ledger in self.recorder.ledgers() if ledger.verdict is None and not ledger.is_answered]
+            if at_work or not self._has_told_spool_full:
                 log.error(  # noqa: TRY400  # a full disk is no bug: no traceback
-                    "the store is away and the spool takes no more (%s): %d chunks stop here; what is ready of them waits in memory, "
-                    "the rest is computed when the store is back", error, len(at_work),
+                    "the store is away and the spool takes no more (%s): %d answers wait in memory only, %d chunks stop here, and the "
+                    "rest of them is computed when the store is back", error, self.recorder.rows_waiting, len(at_work),
                     extra={"event": "spool_full", "chunks": len(at_work), "rows": self.recorder.rows_waiting},
                 )  # fmt: skip
+            self._has_told_spool_full = True
             for ledger in at_work:
                 ledger.settle(Verdict.OUT_OF_ROOM)
+        else:
+            self._has_told_spool_full = False
 
     def check_engine(self) -> None:
         """Look after the engine. One that answers no more ends the work: chunks are handed back, the process is asked to end."""

@@ -154,13 +154,13 @@ def _full_disk(*, times: int, say: Callable[[str], None]) -> dict[str, int | flo
 
 
 def fill_and_free(disk: Path, times: int) -> dict[str, int | float]:
-    """Fill the disk under a working service and free it again; each time it stops, says why, and goes on."""
+    """Fill the disk under a working service and free it again; each time it stops, says why, and goes on. Its spool is there, too."""
     work = Path(tempfile.mkdtemp(prefix="headrace-fault-08-work-"))
     total = 400 * (times + 1)
     with RedisServer() as redis:
         settings = Settings(
             model="echo", engine_frontend="echo_frontend:EchoFrontend", database_url=f"sqlite:///{disk}/db", redis_url=redis.url,
-            home=work, **{**QUICK, "chunk_size": 16},
+            home=work, spool_dir=disk / "spool", **{**QUICK, "chunk_size": 16},
         )  # fmt: skip
         service = Service(settings, work)
         with service.worker(concurrency=2, environ={"ECHO_PAUSE_S": "0.3"}) as worker:
@@ -172,10 +172,9 @@ def fill_and_free(disk: Path, times: int) -> dict[str, int | float]:
                 told = len(worker.log_tail(10**8))
                 _fill(disk)
                 wait_for(
-                    lambda told=told: "storage_full" in worker.log_tail(10**8)[told:], timeout_s=60,
-                    what="the worker says that the disk is full", process=worker,
+                    lambda told=told: {"storage_full", "[spool_full]"} <= set(_words(worker.log_tail(10**8)[told:])), timeout_s=60,
+                    what="the worker says that the disk is full, and that its spool is", process=worker,
                 )  # fmt: skip
-                time.sleep(1)
                 (disk / "ballast").unlink()
             batch = service.wait_over(batch_id, worker, timeout_s=120)
         assert batch.status is BatchStatus.COMPLETED
@@ -187,6 +186,10 @@ def fill_and_free(disk: Path, times: int) -> dict[str, int | float]:
         assert link.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     shutil.rmtree(work)
     return {"disk_full": times, "disk_full_rows": total}
+
+
+def _words(text: str) -> list[str]:
+    return text.replace("'", " ").split()
 
 
 def _fill(disk: Path) -> None:
