@@ -6,7 +6,7 @@ This module doesn't know processes, windows or retries' reasons; it is only touc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from engine.detokenizer import Decoder, IncrementalDetokenizer, StopWords
@@ -148,12 +148,11 @@ class Item:
     builders: tuple[ChoiceBuilder, ...]
     on_done: Callable[[Completion], None]
     on_delta: Callable[[Delta], None] | None
+    submitted_at: float = 0.0
     # Filled by the frontend while the item is in an engine.
-    open_ids: set[str] = field(default_factory=set)
     deaths: int = 0
     starts: int = 0
     is_done: bool = False
-    submitted_at: float = 0.0
     sent_at: float = 0.0
     cached_tokens: int = 0
     queue_ms: float = 0.0

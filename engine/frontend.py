@@ -87,9 +87,8 @@ class Frontend:
         self._facts: dict[str, Any] = {}
         self._engine_stats: dict[str, Any] = {}
         self._reports: dict[int, threading.Event] = {}
-        self._counts = dict.fromkeys(
-            ("prompts_submitted", "prompts_completed", "prompts_failed", "poison_prompts", "engine_deaths"), 0
-        )
+        counted = ("prompts_submitted", "prompts_completed", "prompts_failed", "poison_prompts", "engine_deaths")
+        self._counts = dict.fromkeys(counted, 0)
         self._supervisor = Supervisor(
             self.options.to_dict(), self, size=self.options.tp, command=engine_command, limits=limits, on_event=on_event
         )
@@ -158,8 +157,7 @@ class Frontend:
             known = error if isinstance(error, HeadraceError) else InvalidRequest(f"the prompt can't be tokenised: {error!r}")
             if known is not error:
                 log.exception("A prompt can't be prepared; it is answered with an error.", extra={"event": "prompt_refused"})
-            refusal = Completion(index=index, error=CompletionError.of(known))
-            self._post(partial(self._refuse, on_done, refusal))
+            self._post(partial(self._refuse, on_done, Completion(index=index, error=CompletionError.of(known))))
             return handle
         builders = make_builders(self._preparer, gen_config, prepared.stops, is_streamed=on_delta is not None)
         item = Item(handle, index, prepared.requests, builders, on_done, on_delta, submitted_at=time.monotonic())
@@ -358,6 +356,7 @@ class Frontend:
             self._withdraw(item)
             item.start_over(is_death=False)
             self._pending.appendleft(item)
+        self._supervisor.note_progress()
         self._quarantine.acquit()
 
     def _ask_for_proof(self) -> None:

@@ -8,8 +8,8 @@
 So a prompt that kills at its first step costs three engines: one in company, two alone. Short trials, because most engines that die
 were killed by something else (an operator, the kernel's memory killer), and a full window of innocents must be through in seconds.
 Who died in company a second time, and the first time nobody was found guilty of it, is tried in full: in halves, each run to its
-end. A suspect that died alone goes to the end of the line, so that somebody who kills engines every few seconds hits another one
-each time. And an engine that dies of everything, of the simplest request too, convicts nobody.
+end. A suspect that died alone lets some others go first, so that somebody who kills engines every few seconds hits another one
+each time; only some, so that verdicts come, however many are guilty. And an engine that dies of everything, of the simplest request too, convicts nobody.
 
 This module doesn't know processes, or what an item is.
 """
@@ -23,6 +23,9 @@ from typing import Final, Generic, TypeVar
 T = TypeVar("T")
 LONE_DEATHS: Final = 2
 """Engines that have to die with nobody but the suspect inside."""
+OTHERS_FIRST: Final = 16
+"""Suspects that are tried between the two. If all of them are guilty, so many engines die in a row before the first verdict: fewer than
+the supervisor takes for an engine that doesn't work (`Limits.max_deaths`)."""
 
 
 class Quarantine(Generic[T]):
@@ -91,7 +94,7 @@ class Quarantine(Generic[T]):
             if self._lone_deaths[item] >= LONE_DEATHS:
                 self._convicted.append(item)
             else:
-                self._groups.append((item,))
+                self._groups.insert(OTHERS_FIRST, (item,))
         self._end_round()
 
     def prove(self) -> list[T]:

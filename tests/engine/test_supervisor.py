@@ -137,16 +137,16 @@ def test_two_poison_prompts_side_by_side(make: Make) -> None:
     assert errors == {10, 11}
 
 
-def test_twenty_poison_prompts_side_by_side_give_no_engine_up(make: Make) -> None:
+def test_thirty_poison_prompts_side_by_side_give_no_engine_up(make: Make) -> None:
     frontend, box = make(), Mailbox()
     submit(frontend, box, 10)
-    submit(frontend, box, 20, doing(fake_engine.POISON), first=10)
-    submit(frontend, box, 10, first=30)
-    got = box.take(40, timeout=60)
-    assert {index for index, completion in got.items() if completion.error} == set(range(10, 30))
+    submit(frontend, box, 30, doing(fake_engine.POISON), first=10)
+    submit(frontend, box, 10, first=40)
+    got = box.take(50, timeout=60)
+    assert {index for index, completion in got.items() if completion.error} == set(range(10, 40))
     assert {completion.error.code for completion in got.values() if completion.error} == {"poison_prompt"}
     assert {completion.attempts for completion in got.values() if completion.error} == {4}, "three engines, and no fourth"
-    assert frontend.stats()["engine_deaths"] == 1 + 2 * 20
+    assert frontend.stats()["engine_deaths"] == 1 + 2 * 30
 
 
 def test_a_prompt_that_kills_after_its_first_token_is_found_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

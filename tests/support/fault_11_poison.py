@@ -43,7 +43,7 @@ def run(*, long: bool, seed: int, say: Callable[[str], None]) -> dict[str, int |
         GARBLES: 2,
         SAYS_NOTHING: 2,
     }  # one that hangs costs seconds, and is in test_supervisor.py
-    each = {KILLS: 32, HANGS: 6, FLOODS: 2, GARBLES: 20, SAYS_NOTHING: 20} if long else few
+    each = {KILLS: 20, HANGS: 4, FLOODS: 2, GARBLES: 20, SAYS_NOTHING: 20} if long else few
     draw = random.Random(seed)
     prompts, sown = _sow(draw, rows, each)
     folder = Path(tempfile.mkdtemp(prefix="headrace-fault-"))
