@@ -199,7 +199,6 @@ class Engine:
             return None
         if self._scheduler.budget.grow():
             log.info("steps are of full size again", extra={"event": "steps_recovered"})
-        self._hopeless = 0
         self._steps += 1
         self._computed_tokens += planned.plan.num_tokens
         if planned.admitted:
@@ -221,6 +220,7 @@ class Engine:
             self._guide(step, result, following)
         if step is None or result is None:
             return outputs
+        self._hopeless = 0
         invalid, logprobs = result.invalid, result.logprobs
         for (sequence, start), scores in zip(step.planned.scored, result.prompt_logprobs, strict=True):
             # By position: what a preemption lets be computed again says the same again.

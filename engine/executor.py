@@ -23,14 +23,12 @@ from engine.options import EngineOptions
 from engine.parallel import (
     DistributedGroup,
     ParallelGroup,
-    PlanReceiver,
-    PlanSender,
     Rendezvous,
     SingleRank,
     join_store,
-    lost_rank,
 )
 from engine.plan import RunningStep, StepPlan
+from engine.plan_channel import PlanReceiver, PlanSender, lost_rank
 from engine.profile import activation_bytes
 from engine.runner import Forward, Runner
 from engine.sampler import Sampler
@@ -71,13 +69,14 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         )
         watch.lap("kv_pool")
     slots = options.max_batch_size
-    forward = _forward(options, decoder, caches)
+    table = StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device)
+    forward = _forward(options, decoder, caches, table)
     watch.lap("graphs")
     runner = Runner(
         forward=forward,
         head=decoder.head,
         caches=caches,
-        table=StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device),
+        table=table,
         sampler=Sampler(num_slots=slots, vocab_size=decoder.spec.vocab_size, device=device),
         scorer=Scorer(num_slots=slots, vocab_size=decoder.spec.vocab_size),
     )
@@ -94,19 +93,13 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     return _Rank(runner, memory, watch.seconds)
 
 
-def _forward(options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache]) -> Forward:
+def _forward(options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache], table: StateTable) -> Forward:
     """Choose how steps run: the model as it is, or on a GPU captured graphs where a plan has only single tokens."""
     if options.device == "cpu" or options.eager_mode:
         return decoder.hidden
     from engine.graphs import GraphForward  # needed on a GPU alone
 
-    graphs = GraphForward(
-        decoder,
-        caches,
-        max_rows=options.max_batch_size,
-        max_blocks=options.max_blocks_per_sequence,
-        session_len=options.session_len,
-    )
+    graphs = GraphForward(decoder, caches, table.singles, session_len=options.session_len)
     graphs.capture()
     return graphs
 
@@ -219,7 +212,7 @@ class TensorParallelExecutor:
         starts the group again, and what was unfinished is computed anew.
         """
         assert self._rank is not None, "the executor is closed"
-        self._sender.send(plan.to_json())
+        self._sender.send(plan.to_bytes())
         try:
             with _device_guard(self._device):
                 return self._rank.runner.launch(plan)
@@ -266,7 +259,7 @@ def serve_rank(options: EngineOptions, rank: int, size: int, rendezvous: str) ->
         group = DistributedGroup(store, rank=rank, size=size, device=device)
         runner = _make_rank(options, group, device).runner
         while (frame := receiver.receive()) is not None:
-            runner.launch(StepPlan.from_json(frame))
+            runner.launch(StepPlan.from_bytes(frame))
             if runner.waits_for_masks:
                 # The other half of the same step; without it rank 0 is gone, which the next receive() says as well.
                 if (frame := receiver.receive()) is None:

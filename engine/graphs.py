@@ -1,9 +1,8 @@
 """CUDA graphs of the decode step: a plan whose rows are all single tokens replays one captured graph.
 
-A captured graph reads its inputs from fixed addresses, so `GraphForward` owns one set of static inputs as wide as the
-largest graph; a step copies its own inputs there, pads to the next captured size and replays. A padding row writes no key
-(slot -1) and has no context, so attention gives zeros for it at once. The output head stays outside: it runs on the real rows
-only, and float32 logits of each captured size would fill the memory.
+A captured graph reads its inputs from fixed addresses: the state table's `singles`, in which it lays out every step of single
+tokens, with padding behind them. A padding row writes no key (slot -1) and has no context, so attention gives zeros for it at
+once. The output head stays outside: it runs on the real rows only, and logits of each captured size would fill the memory.
 
 Knows nothing of requests or of sampling. Plans with longer rows run eagerly, packed.
 """
@@ -13,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.models.decoder import Decoder, LayerCache, StepInputs
 from kernels.attention import AttentionMetadata
+from kernels.state import SingleRows
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,10 @@ _PADDED_FROM = 64
 def graph_sizes(max_rows: int) -> tuple[int, ...]:
     """Return the row counts to capture up to `max_rows`, ascending.
 
-    Padding costs at most 8 rows up to 256, 16 up to 512 and 32 beyond: a grid of powers of two would waste a third of a
+    Padding costs at most 8 rows up to 128, 16 up to 512 and 32 beyond: a grid of powers of two would waste a third of a
     decode step right above each power.
     """
-    sizes = {1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max_rows + 1, 32), max_rows}
+    sizes = {1, 2, 4, *range(8, 129, 8), *range(144, 513, 16), *range(544, max_rows + 1, 32), max_rows}
     return tuple(sorted(size for size in sizes if size <= max_rows))
 
 
@@ -58,39 +59,29 @@ def fastest_sizes(times: Mapping[int, float]) -> list[int]:
 class GraphForward:
     """`Runner`'s forward: replays a graph where there is one for the plan's shape, runs the model otherwise."""
 
-    def __init__(
-        self, model: Decoder, caches: Sequence[LayerCache], *, max_rows: int, max_blocks: int, session_len: int
-    ) -> None:
-        """Allocate static inputs for `max_rows` rows of at most `max_blocks` KV blocks each; capture nothing yet."""
-        device = caches[0].k_BKSH.device
+    def __init__(self, model: Decoder, caches: Sequence[LayerCache], singles: SingleRows, *, session_len: int) -> None:
+        """Make ready for as many rows as `singles` has; capture nothing yet."""
+        max_rows, device = len(singles.tokens_R), singles.tokens_R.device
         self._model = model
         self._caches = caches
+        self._singles = singles
         self._session_len = session_len
         self._sizes = graph_sizes(max_rows)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # Filled by capture(): for each row count the size whose graph serves it.
         self._size_for_rows: list[int] = []
         self._pool: Any = None  # what torch gives as a pool handle has no public type
-        self._tokens_R = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._positions_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._slots_R = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
-        self._contexts_R = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._tables_RP = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         self._query_start_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._hidden_RD = torch.zeros((max_rows, model.spec.hidden_size), dtype=model.norm_D.dtype, device=device)
-        self._used = 0
 
     def __call__(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Give the hidden states of the positions that reach the head. They may lie in memory that the next replay overwrites."""
-        attention = inputs.attention
-        rows = attention.num_single
-        if attention.max_query_len > 1 or rows >= len(self._size_for_rows):
+        # By address: a step of single tokens that was laid out elsewhere (one that scores, say) isn't where the graph looks.
+        if inputs.tokens_T.data_ptr() != self._singles.tokens_R.data_ptr():
             return self._model.hidden(inputs, caches)
-        size = self._size_for_rows[rows]
-        self._load(inputs, rows)
-        self._graphs[size].replay()
-        hidden_RD = self._hidden_RD[:rows]
-        return hidden_RD if inputs.sampled_R is None else hidden_RD.index_select(0, inputs.sampled_R)
+        rows = inputs.attention.num_single
+        self._graphs[self._size_for_rows[rows]].replay()
+        return self._hidden_RD[:rows]
 
     @torch.inference_mode()
     def capture(self) -> float:
@@ -98,11 +89,15 @@ class GraphForward:
         started = time.perf_counter()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        # A layer of each kind makes all the launches that there are: a run of the whole model for each size takes seconds.
+        kinds = {layer.window: (layer, cache) for layer, cache in zip(self._model.layers, self._caches, strict=True)}
+        layers, layer_caches = zip(*kinds.values(), strict=True)
+        sample = replace(self._model, layers=layers)
         with torch.cuda.stream(stream):
             for size in reversed(self._sizes):
                 inputs = self._static_inputs(size)
                 # Triton compiles and cuBLAS picks its algorithm at the first call, which no capture survives.
-                self._hidden_RD[:size] = self._model.hidden(inputs, self._caches)
+                self._hidden_RD[:size] = sample.hidden(inputs, layer_caches)
                 graph = torch.cuda.CUDAGraph()
                 # Other threads of the process may call CUDA while this one captures.
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
@@ -111,7 +106,8 @@ class GraphForward:
                 self._graphs[size] = graph
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        self._size_for_rows = fastest_sizes({size: self._time(graph) for size, graph in self._graphs.items()})
+        times = {size: self._time(graph) if size >= _PADDED_FROM else 0.0 for size, graph in self._graphs.items()}
+        self._size_for_rows = fastest_sizes(times)
         seconds = time.perf_counter() - started
         log.info(
             "decode graphs captured: a step of single tokens is one launch from now on",
@@ -127,7 +123,7 @@ class GraphForward:
     def _time(self, graph: torch.cuda.CUDAGraph) -> float:
         """Return the milliseconds of a replay. All rows are padding still: what is timed is the GEMMs."""
         best = float("inf")
-        for _ in range(3):
+        for _ in range(2):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()
@@ -137,32 +133,20 @@ class GraphForward:
         return best
 
     def _static_inputs(self, size: int) -> StepInputs:
+        singles = self._singles
         attention = AttentionMetadata(
-            block_tables_RP=self._tables_RP[:size],
+            block_tables_RP=singles.block_tables_RP[:size],
             query_start_R1=self._query_start_R1[: size + 1],
-            context_lens_R=self._contexts_R[:size],
+            context_lens_R=singles.context_lens_R[:size],
             num_single=size,
             max_query_len=1,
             # The graph serves every length up to the session's: what is decided on the host must hold for the longest.
             max_context_len=self._session_len,
         )
         return StepInputs(
-            tokens_T=self._tokens_R[:size],
-            positions_T=self._positions_R[:size],
-            slots_T=self._slots_R[:size],
+            tokens_T=singles.tokens_R[:size],
+            positions_T=singles.positions_R[:size],
+            slots_T=singles.cache_slots_R[:size],
             attention=attention,
             sampled_R=None,
         )
-
-    def _load(self, inputs: StepInputs, rows: int) -> None:
-        """Copy a step's inputs to the static ones, and make padding rows of what the last step left behind them."""
-        attention = inputs.attention
-        self._tokens_R[:rows].copy_(inputs.tokens_T)
-        self._positions_R[:rows].copy_(inputs.positions_T)
-        self._slots_R[:rows].copy_(inputs.slots_T)
-        self._contexts_R[:rows].copy_(attention.context_lens_R)
-        self._tables_RP[:rows, : attention.block_tables_RP.shape[1]].copy_(attention.block_tables_RP)
-        if rows < self._used:
-            self._slots_R[rows : self._used].fill_(-1)
-            self._contexts_R[rows : self._used].zero_()
-        self._used = rows

@@ -25,7 +25,7 @@ from kernels.blocks import copy_blocks
 Forward = Callable[[StepInputs, Sequence[LayerCache]], Tensor]
 """Writes the step's keys and values into the caches and gives what the head reads: hidden states [R, D] of the positions asked for."""
 Head = Callable[[Tensor], Tensor]
-"""Makes float32 logits [R, V] of them."""
+"""Makes logits [R, V] of them, in the model's type."""
 
 
 class _Unsampled(NamedTuple):
@@ -99,8 +99,7 @@ class Runner:
 
     def _sample(self, logits_QV: Tensor, rows: SampledRows, running: _Launched, masks: TokenMasks | None = None) -> None:
         sampled = self._sampler.sample(logits_QV, rows, self._table.token_ids_SL, masks)
-        self._table.store(rows, sampled.tokens_Q)
-        running.start(sampled)
+        running.start(self._table.store(rows, sampled.tokens_Q, sampled.best_Q), sampled)
 
     def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks before anything of the step reads or writes them; a replayed graph comes after it on the same stream."""
@@ -140,30 +139,27 @@ class _Launched:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def start(self, sampled: Sampled) -> None:
-        """Send the sampled tokens on their way."""
-        self._rows = sampled.logprob_rows
-        self._widths = sampled.logprob_widths
-        wanted = [sampled.tokens_Q, sampled.valid_Q]
-        if self._rows:
-            wanted += [sampled.logprobs_q, sampled.top_logprobs_qk, sampled.top_ids_qk]
+    def start(self, stored_2Q: Tensor, sampled: Sampled) -> None:
+        """Send the sampled tokens on their way; `stored_2Q` is what `StateTable.store` gave."""
+        self._rows, self._widths = sampled.reports, sampled.widths
+        wanted = [stored_2Q, *(sampled.logprobs or ())]
         self._host = [_to_host(tensor) for tensor in wanted]
-        self._mark(sampled.tokens_Q)
+        self._mark(stored_2Q)
 
     def result(self) -> StepOutput:
         if self._event is not None:
             self._event.synchronize()
-        tokens, valid = (tensor.tolist() for tensor in self._host[:2]) if self._host else ([], [])
+        tokens, valid = self._host[0].tolist() if self._host else ([], [])
         return StepOutput(
             step=self._step,
             tokens=tuple(tokens),
-            invalid=frozenset(number for number, good in enumerate(valid) if not good),
+            invalid=frozenset() if all(valid) else frozenset(number for number, good in enumerate(valid) if not good),
             logprobs=self._logprobs(tokens) if self._rows else (),
             prompt_logprobs=() if self._scores is None else read_scores(self._scores),
         )
 
     def _logprobs(self, tokens: list[int]) -> tuple[TokenLogprobs | None, ...]:
-        chosen, tops, ids = (tensor.tolist() for tensor in self._host[2:])
+        chosen, ids, tops = (tensor.tolist() for tensor in self._host[1:])
         out: list[TokenLogprobs | None] = [None] * len(tokens)
         for number, row in enumerate(self._rows):
             width = self._widths[number]

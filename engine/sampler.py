@@ -1,12 +1,13 @@
 """From a step's logits to its tokens: what each slot's request asks for, brought to the kernels in the documented order.
 
-Order on the float32 logits of a row: the mask of its response format, bias, repetition, frequency and presence penalties, bans (bad words, end tokens that may
+Order on the logits of a row: the mask of its response format, bias, repetition, frequency and presence penalties, bans (bad words, end tokens that may
 not come yet), temperature, top-k, top-p, min-p, draw. Bans may come last of the edits because nothing moves minus infinity.
 Only the rows that ask for an edit pay for it. Raw log-probabilities are taken before any of it.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -22,167 +23,221 @@ from engine.token_masks import TokenMasks
 from kernels.sampling import (
     PenaltyInputs,
     SamplingInputs,
+    TokenLogprobs,
     add_bias,
     allow_only,
     apply_penalties,
     ban,
-    has_nan,
     sample,
     token_logprobs,
 )
+from kernels.state import hold_back
 
 _LEAST_TEMPERATURE = 1e-30
 """A smaller one makes float32 infinities of many logits, which are then equally likely; this one draws the best token already."""
 
 
+_FOR_EVER = (1 << 31) - 1
+_MOST_ENDS = 8
+"""End tokens of a slot that the device knows; a request with more has them banned row by row."""
+
+
+class _Trait(enum.IntFlag):
+    """What a slot's request asks of a step that samples it; a step does what any of its rows asks."""
+
+    RANDOM = 1
+    TOP_K = 2
+    TOP_P = 4
+    MIN_P = 8
+    ENDS = 16
+    """End tokens are held back, for ever or up to `min_new_tokens`."""
+    EDITS = 32
+    """The logits are changed in another way."""
+    REPORTS = 64
+    """Log-probabilities are wanted."""
+    GUIDED = 128
+    """It follows a grammar: the step's sampling waits for its mask."""
+
+
 class Sampled(NamedTuple):
-    """A step's tokens on the device, one for each row that samples."""
+    """A step's draws on the device, one for each row that samples."""
 
     tokens_Q: Tensor
-    """int64; 0 where the row is not valid."""
-    valid_Q: Tensor
-    """bool; false where the logits held a NaN or nothing was left to choose."""
-    logprob_rows: tuple[int, ...]
-    """Which rows asked for log-probabilities; the tensors below have an entry for each."""
-    logprob_widths: tuple[int, ...]
+    """int64."""
+    best_Q: Tensor
+    """The largest logit, in the logits' type: where it isn't finite nothing could be drawn, and the token means nothing."""
+    reports: tuple[int, ...]
+    """Which rows asked for log-probabilities."""
+    widths: tuple[int, ...]
     """How many of the top tokens each of them asked for."""
-    logprobs_q: Tensor
-    top_logprobs_qk: Tensor
-    top_ids_qk: Tensor
+    logprobs: TokenLogprobs | None
+    """Of the rows that asked; None: none did."""
 
 
-class _Wishes(NamedTuple):
-    """What one slot's request asks of the sampler, worked out once when it is admitted."""
+class _Edits(NamedTuple):
+    """What one slot's request changes in its logits, worked out once when it is admitted."""
 
-    random: bool
-    top_k: bool
-    top_p: bool
-    min_p: bool
     bias: tuple[tuple[int, float], ...]
     banned: tuple[int, ...]
     """Tokens that never come."""
     late: tuple[int, ...]
-    """Tokens that don't come before `min_new_tokens`."""
-    min_new_tokens: int
+    """Tokens that don't come before output index `until`."""
+    until: int
     sequences: tuple[tuple[int, ...], ...]
     """Sequences of two or more tokens that never come to their end."""
     penalties: tuple[float, float, float] | None
     """Repetition, presence, frequency; None: all off."""
     prompt_len: int
-    logprobs: int | None
-    guided: bool
-    """Whether it follows a grammar: the step's sampling waits for its mask."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the logits are used as they are and nothing is reported of them."""
-        return not (self.bias or self.banned or self.late or self.sequences or self.penalties) and self.logprobs is None
+    def are_any(self) -> bool:
+        """Whether the rows of this slot need more than their ends held back by the device."""
+        many_ends = len(self.late) > _MOST_ENDS
+        return bool(self.bias or self.banned or self.sequences or self.penalties or many_ends)
 
 
-def _wishes(request: TokenRequest, vocab_size: int) -> _Wishes:
+def _edits(request: TokenRequest, vocab_size: int) -> _Edits:
     config = request.config
-    guided = config.response_format is not None
-    ends = (*request.eos_ids, *request.stop_ids)
-    banned = [ids[0] for ids in request.bad_sequences if len(ids) == 1]
-    banned += ends if config.ignore_eos else ()
     penalties = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty)
-    return _Wishes(
-        random=not config.is_greedy,
-        top_k=config.top_k > 0,
-        top_p=config.top_p < 1,
-        min_p=config.min_p > 0,
-        # An id beyond the vocabulary can't come anyway, and would be a write out of bounds.
+    # Masks hold ends back themselves, because only the host knows when a grammar leaves nothing else.
+    until = 0 if config.response_format is not None else config.min_new_tokens
+    until = _FOR_EVER if config.ignore_eos else until
+    # An id beyond the vocabulary can't come anyway, and would be a write out of bounds.
+    ends = {token for token in (*request.eos_ids, *request.stop_ids) if token < vocab_size}
+    return _Edits(
         bias=tuple((token, value) for token, value in dict(config.logit_bias).items() if token < vocab_size),
-        banned=tuple(sorted({token for token in banned if token < vocab_size})),
-        # Masks hold ends back themselves, because only the host knows when a grammar leaves nothing else.
-        late=tuple(sorted({token for token in ends if token < vocab_size})) if config.min_new_tokens and not guided else (),
-        min_new_tokens=config.min_new_tokens,
+        banned=tuple(sorted({ids[0] for ids in request.bad_sequences if len(ids) == 1 and ids[0] < vocab_size})),
+        late=tuple(sorted(ends)) if until else (),
+        until=until,
         sequences=tuple(ids for ids in request.bad_sequences if len(ids) > 1 and max(ids) < vocab_size),
         penalties=None if penalties == (1.0, 0.0, 0.0) else penalties,
         prompt_len=len(request.prompt_ids),
-        logprobs=config.logprobs,
-        guided=guided,
     )
 
 
+def _traits(request: TokenRequest, edits: _Edits) -> _Trait:
+    config = request.config
+    random = not config.is_greedy
+    asked = (
+        (random, _Trait.RANDOM),
+        (random and config.top_k > 0, _Trait.TOP_K),
+        (random and config.top_p < 1, _Trait.TOP_P),
+        (random and config.min_p > 0, _Trait.MIN_P),
+        (edits.late, _Trait.ENDS),
+        (edits.are_any, _Trait.EDITS),
+        (config.logprobs is not None, _Trait.REPORTS),
+        (config.response_format is not None, _Trait.GUIDED),
+    )
+    found = _Trait(0)
+    for wish, trait in asked:
+        if wish:
+            found |= trait
+    return found
+
+
 class Sampler:
-    """Sampling parameters of all slots, on the device as columns and on the host as wishes."""
+    """Sampling parameters of all slots, on the device as columns; what only some rows ask for, on the host."""
 
     def __init__(self, *, num_slots: int, vocab_size: int, device: torch.device) -> None:
         """Allocate the columns."""
         self._device = device
         self._vocab_size = vocab_size
-        # Rows: temperature, top-p, min-p.
-        self._reals_3S = torch.ones((3, num_slots), dtype=torch.float32, device=device)
-        # Rows: seed, top-k, choice, greedy.
-        self._wholes_4S = torch.zeros((4, num_slots), dtype=torch.int64, device=device)
-        self._wishes: dict[int, _Wishes] = {}
+        # Rows: temperature, top-p and min-p (the bits of float32), top-k, choice, greedy.
+        self._columns_6S = torch.zeros((6, num_slots), dtype=torch.int32, device=device)
+        self._seeds_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        # End tokens (-1: none) and the output index before which they don't come.
+        self._ends_SE = torch.full((num_slots, _MOST_ENDS), -1, dtype=torch.int32, device=device)
+        self._until_S = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._traits_S = np.zeros(num_slots, dtype=np.int64)
+        self._edits: dict[int, _Edits] = {}
+        self._widths: dict[int, int] = {}
 
     def admit(self, admitted: Sequence[Admission]) -> None:
         """Fill the columns of newly taken slots."""
         if not admitted:
             return
-        slots = upload(np.array([one.slot for one in admitted], dtype=np.int64), self._device)
-        reals, wholes = [], []
-        for one in admitted:
-            config = one.request.config
-            self._wishes[one.slot] = _wishes(one.request, self._vocab_size)
+        slots = np.array([one.slot for one in admitted], dtype=np.int64)
+        seeds = np.array([_signed(one.request.seed) for one in admitted], dtype=np.int64)
+        numbers = np.full((len(admitted), 6 + 1 + _MOST_ENDS), -1, dtype=np.int32)
+        for number, (slot, request, *_) in enumerate(admitted):
+            config = request.config
+            edits = self._edits[slot] = _edits(request, self._vocab_size)
+            self._widths[slot] = config.logprobs or 0
+            self._traits_S[slot] = _traits(request, edits)
             # Greedy rows divide by 1: a temperature of 0 would make NaNs that nobody reads but everybody finds.
             temperature = 1.0 if config.is_greedy else max(config.temperature, _LEAST_TEMPERATURE)
-            reals.append((temperature, config.top_p, config.min_p))
-            wholes.append(
-                (_signed(one.request.seed), min(config.top_k, self._vocab_size), one.request.choice, int(config.is_greedy))
-            )
-        self._wholes_4S.index_copy_(1, slots, upload(np.array(wholes, dtype=np.int64).T.copy(), self._device))
-        bits = np.array(reals, dtype=np.float32).T.astype(np.float64).copy().view(np.int64)
-        self._reals_3S.index_copy_(1, slots, upload(bits, self._device).view(torch.float64).float())
+            numbers[number, :3] = np.array((temperature, config.top_p, config.min_p), dtype=np.float32).view(np.int32)
+            numbers[number, 3:6] = (min(config.top_k, self._vocab_size), request.choice, config.is_greedy)
+            numbers[number, 6] = edits.until
+            ends = edits.late[:_MOST_ENDS]
+            numbers[number, 7 : 7 + len(ends)] = ends
+        slots_A, seeds_A = upload(np.stack([slots, seeds]), self._device)
+        numbers_AC = upload(numbers, self._device)
+        self._seeds_S.index_copy_(0, slots_A, seeds_A)
+        self._columns_6S.index_copy_(1, slots_A, numbers_AC[:, :6].T)
+        self._until_S.index_copy_(0, slots_A, numbers_AC[:, 6])
+        self._ends_SE.index_copy_(0, slots_A, numbers_AC[:, 7:])
 
     def waits_for_masks(self, rows: SampledRows) -> bool:
         """Whether a row follows a grammar, so that the step can't be sampled before the host has read the step before."""
-        return any(self._wishes[row.slot].guided for row in rows.host)
+        return _Trait.GUIDED in self._asked(rows)
+
+    def _asked(self, rows: SampledRows) -> _Trait:
+        """Give what any row of the step asks for."""
+        return _Trait(int(np.bitwise_or.reduce(self._traits_S[[row.slot for row in rows.host]])))
 
     def sample(self, logits_QV: Tensor, rows: SampledRows, token_ids_SL: Tensor, masks: TokenMasks | None = None) -> Sampled:
-        """Choose a token for each row. `logits_QV` float32 may be changed; `token_ids_SL` is the state table's history."""
-        wishes = [self._wishes[row.slot] for row in rows.host]
-        asking = tuple((number, wish) for number, wish in enumerate(wishes) if not wish.is_plain)
-        reporting = tuple(number for number, wish in asking if wish.logprobs is not None)
-        raw_qV = logits_QV[self._index(reporting)] if reporting else logits_QV[:0]
+        """Choose a token for each row. `logits_QV`, of any float type, may be changed; `token_ids_SL` is the table's history."""
+        asked = self._asked(rows)
+        reports, raw_qV = self._rows_with(_Trait.REPORTS, rows) if _Trait.REPORTS in asked else (), logits_QV
+        if reports:
+            raw_qV = logits_QV[self._index(reports)]
+        if _Trait.EDITS in asked:
+            logits_QV = logits_QV.float()  # sums in a narrower type would be rounded one after the other
         if masks is not None and masks.entries:
-            words = upload(masks.words_qW.view(np.int64), self._device).view(torch.int32)
+            words = upload(masks.words_qW, self._device)
             allow_only(logits_QV, self._index(masks.entries), words)
-        if asking:
-            self._edit(logits_QV, rows, asking, token_ids_SL)
-        valid_Q = ~has_nan(logits_QV)
-        any_random = any(wish.random for wish in wishes)
+        if _Trait.EDITS in asked:
+            editing = self._rows_with(_Trait.EDITS, rows)
+            self._edit(logits_QV, rows, [(number, self._edits[rows.host[number].slot]) for number in editing], token_ids_SL)
+        if _Trait.ENDS in asked:
+            hold_back(logits_QV, rows.slots_Q, rows.output_indices_Q, self._until_S, self._ends_SE)
         tokens_Q = sample(
             logits_QV,
             self._inputs(rows),
-            any_random=any_random,
-            any_top_k=any(wish.top_k and wish.random for wish in wishes),
-            any_top_p=any(wish.top_p and wish.random for wish in wishes),
-            any_min_p=any(wish.min_p and wish.random for wish in wishes),
+            any_random=_Trait.RANDOM in asked,
+            any_top_k=_Trait.TOP_K in asked,
+            any_top_p=_Trait.TOP_P in asked,
+            any_min_p=_Trait.MIN_P in asked,
         )
-        tokens_Q = torch.where(valid_Q, tokens_Q, 0)
-        widths = tuple(wishes[number].logprobs or 0 for number in reporting)
-        chosen_q = tokens_Q[self._index(reporting)] if reporting else tokens_Q[:0]
-        report = token_logprobs(raw_qV, chosen_q, min(max(widths, default=0), self._vocab_size))
-        return Sampled(tokens_Q, valid_Q, reporting, widths, report.logprob_R, report.top_logprobs_Rk, report.top_ids_Rk)
+        best_Q = logits_QV.amax(dim=-1)
+        if not reports:
+            return Sampled(tokens_Q, best_Q, (), (), None)
+        widths = tuple(self._widths[rows.host[number].slot] for number in reports)
+        chosen_q = torch.where(torch.isfinite(best_Q), tokens_Q, 0)[self._index(reports)]
+        logprobs = token_logprobs(raw_qV, chosen_q, min(max(widths), self._vocab_size))
+        return Sampled(tokens_Q, best_Q, reports, widths, logprobs)
+
+    def _rows_with(self, trait: _Trait, rows: SampledRows) -> tuple[int, ...]:
+        traits_Q = self._traits_S[[row.slot for row in rows.host]]
+        return tuple(np.flatnonzero(traits_Q & trait).tolist())
 
     def _inputs(self, rows: SampledRows) -> SamplingInputs:
-        temperature_Q, top_p_Q, min_p_Q = self._reals_3S.index_select(1, rows.slots_Q)
-        seed_Q, top_k_Q, choice_Q, greedy_Q = self._wholes_4S.index_select(1, rows.slots_Q)
+        bits_6Q = self._columns_6S.index_select(1, rows.slots_Q)
+        temperature_Q, top_p_Q, min_p_Q = bits_6Q[:3].view(torch.float32)
+        top_k_Q, choice_Q, greedy_Q = bits_6Q[3:]
         return SamplingInputs(
             temperature_R=temperature_Q,
-            top_k_R=top_k_Q.to(torch.int32),
+            top_k_R=top_k_Q,
             top_p_R=top_p_Q,
             min_p_R=min_p_Q,
-            seed_R=seed_Q,
+            seed_R=self._seeds_S.index_select(0, rows.slots_Q),
             position_R=rows.output_indices_Q,
-            choice_R=choice_Q.to(torch.int32),
+            choice_R=choice_Q,
             greedy_R=greedy_Q.to(torch.bool),
         )
 
-    def _edit(self, logits_QV: Tensor, rows: SampledRows, asking: Sequence[tuple[int, _Wishes]], token_ids_SL: Tensor) -> None:
+    def _edit(self, logits_QV: Tensor, rows: SampledRows, asking: Sequence[tuple[int, _Edits]], token_ids_SL: Tensor) -> None:
         """Apply what the asking rows ask for, in place."""
         bias = [(number, token, value) for number, wish in asking for token, value in wish.bias]
         if bias:
@@ -196,8 +251,8 @@ class Sampler:
         banned += [
             (number, token)
             for number, wish in asking
-            if rows.host[number].output_index < wish.min_new_tokens
-            for token in wish.late
+            if rows.host[number].output_index < wish.until
+            for token in wish.late[_MOST_ENDS:]
         ]
         if banned:
             ban(logits_QV, *self._pairs(banned))
@@ -207,7 +262,7 @@ class Sampler:
         if ending:
             self._ban_ends(logits_QV, rows, ending, token_ids_SL)
 
-    def _penalties(self, rows: SampledRows, punished: Sequence[tuple[int, _Wishes]], token_ids_SL: Tensor) -> PenaltyInputs:
+    def _penalties(self, rows: SampledRows, punished: Sequence[tuple[int, _Edits]], token_ids_SL: Tensor) -> PenaltyInputs:
         numbers = self._index([number for number, _ in punished])
         longest = max(rows.host[number].length for number, _ in punished)
         factors = np.array([wish.penalties for _, wish in punished], dtype=np.float64).T.copy()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.models.decoder import StepInputs
 from engine.plan import Admission, PlanRow, StepPlan
 from kernels.attention import AttentionMetadata
+from kernels.state import SingleRows, lay_out_singles, store_tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -54,8 +55,8 @@ class SampledRows(NamedTuple):
     """Their positions stand before those that sample among what reaches the head."""
 
 
-def upload(values: Ints, device: torch.device) -> Tensor:
-    """Copy int64 values to the device without waiting for it."""
+def upload(values: npt.NDArray[np.integer[Any]], device: torch.device) -> Tensor:
+    """Copy whole numbers to the device without waiting for it."""
     host = torch.from_numpy(values)
     # From pageable memory the copy would wait for all the work that the device still has; the pinned block goes back to
     # torch's pool only when the copy is done.
@@ -73,6 +74,9 @@ class StateTable:
         self._device = device
         self.token_ids_SL = torch.zeros((num_slots, self._width), dtype=torch.int32, device=device)
         self._block_tables_SP = torch.zeros((num_slots, self._blocks), dtype=torch.int32, device=device)
+        self.singles = SingleRows.allocate(num_slots, self._blocks, device)
+        """The inputs of a step of single tokens, always here: a captured graph may read them."""
+        self._query_start_R1 = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
 
     def admit(self, admitted: Sequence[Admission]) -> None:
         """Fill slots anew: token ids and the blocks to start with."""
@@ -85,8 +89,51 @@ class StateTable:
 
     def inputs(self, plan: StepPlan) -> tuple[StepInputs, SampledRows]:
         """Append the plan's new blocks and lay out its rows (at least one) for the model."""
-        self._append_blocks([(row.slot, row.start, row.new_blocks) for row in plan.rows if row.new_blocks])
-        rows, num_rows = plan.rows, len(plan.rows)
+        rows = plan.rows
+        if all(row.count == 1 and row.samples and not row.scores for row in rows):
+            return self._single_inputs(rows)
+        return self._packed_inputs(rows)
+
+    def _single_inputs(self, rows: Sequence[PlanRow]) -> tuple[StepInputs, SampledRows]:
+        """Lay out rows of one token each in `singles`: one copy up and one launch, whatever their number."""
+        count = len(rows)
+        packed_R4 = np.full((len(self.singles.slots_R), 4), -1, dtype=np.int32)
+        packed_R4[:count] = [
+            (slot, start, index, new_blocks[0] if new_blocks else -1) for slot, start, _, _, index, new_blocks, _ in rows
+        ]
+        lay_out_singles(
+            upload(packed_R4, self._device), self.token_ids_SL, self._block_tables_SP, self._block_size, self.singles
+        )
+        slots, starts, indices, _ = packed_R4[:count].T.tolist()
+        contexts = tuple(start + 1 for start in starts)
+        longest = max(contexts)
+        pages = -(-longest // self._block_size)
+        attention = AttentionMetadata(
+            block_tables_RP=self.singles.block_tables_RP[:count, :pages],
+            query_start_R1=self._query_start_R1[: count + 1],
+            context_lens_R=self.singles.context_lens_R[:count],
+            num_single=count,
+            max_query_len=1,
+            max_context_len=longest,
+            query_lens=(1,) * count,
+            host_context_lens=contexts,
+        )
+        inputs = StepInputs(
+            tokens_T=self.singles.tokens_R[:count],
+            positions_T=self.singles.positions_R[:count],
+            slots_T=self.singles.cache_slots_R[:count],
+            attention=attention,
+            sampled_R=None,
+        )
+        host = tuple(map(SampledRow, slots, contexts, indices))
+        singles = self.singles
+        sampled = SampledRows(host, singles.slots_R[:count], singles.lengths_R[:count], singles.output_indices_R[:count])
+        return inputs, sampled
+
+    def _packed_inputs(self, rows: Sequence[PlanRow]) -> tuple[StepInputs, SampledRows]:
+        """Lay out rows of any length one behind the other."""
+        self._append_blocks([(row.slot, row.start, row.new_blocks) for row in rows if row.new_blocks])
+        num_rows = len(rows)
         columns = np.array([(row.slot, row.start, row.count, row.scores) for row in rows], dtype=np.int64)
         slots, starts, counts, scores = columns.T
         ends = np.cumsum(counts)
@@ -133,9 +180,12 @@ class StateTable:
         )
         return inputs, SampledRows(host, slots_Q, lengths_Q, indices_Q, scored)
 
-    def store(self, rows: SampledRows, tokens_Q: Tensor) -> None:
-        """Write the sampled tokens behind their rows' last ones: the next plan computes them from here."""
-        self.token_ids_SL.view(-1).index_copy_(0, rows.slots_Q * self._width + rows.lengths_Q, tokens_Q.to(torch.int32))
+    def store(self, rows: SampledRows, tokens_Q: Tensor, best_Q: Tensor) -> Tensor:
+        """Write the sampled tokens behind their rows' last ones, from where the next plan computes them.
+
+        `best_Q`: each row's largest logit. Gives int32 [2, Q]: the tokens as stored, and whether they mean anything.
+        """
+        return store_tokens(tokens_Q, best_Q, rows.slots_Q, rows.lengths_Q, self.token_ids_SL)
 
     def _scored(self, rows: Sequence[PlanRow], firsts: Ints) -> tuple[ScoredRows, Tensor]:
         """Find the rows that score and where in the step their scored positions stand; `firsts`: where each row does."""

@@ -31,6 +31,6 @@ class Head:
     group: ParallelGroup
 
     def __call__(self, x_RD: Tensor) -> Tensor:
-        """Give float32 logits [R, V], the same on every rank."""
+        """Give logits [R, V] in the weight's type, the same on every rank: a float32 copy costs more than whoever reads them."""
         logits_RV = self.group.all_gather_columns(self.weight(x_RD))
-        return logits_RV[:, : self.vocab_size].float()
+        return logits_RV[:, : self.vocab_size]

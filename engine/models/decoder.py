@@ -14,11 +14,18 @@ from torch import Tensor
 
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
+from engine.models.residual import FewRows, ManyRows, Residual
 from engine.models.spec import ModelSpec
 from kernels.attention import AttentionMetadata, paged_attention, plan_attention
-from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary_kv_write
-from kernels.silu_mul import silu_mul
+
+ROW_BUCKETS = (1, 2, 16, 32, 64)
+"""Row counts up to which the kernels for few rows are cut alike."""
+
+
+def row_bucket(rows: int) -> int:
+    """Return the bucket that a step of so many rows belongs to; 0: too many for any."""
+    return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), 0)
 
 
 class LayerCache(NamedTuple):
@@ -66,6 +73,8 @@ class Decoder:
     norm_D: Tensor
     head: Head
     cos_sin_MH: Tensor
+    few_rows: frozenset[int] = frozenset()
+    """Row buckets whose steps run on the kernels for few rows: `engine.gemm_table` fills it in."""
 
     @property
     def weight_bytes(self) -> int:
@@ -76,34 +85,35 @@ class Decoder:
         return ends + sum(matrix.nbytes for matrix in matrices)
 
     def forward(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
-        """Run the blocks, write the step's keys and values, and give float32 logits [R, V] of the sampled tokens."""
+        """Run the blocks, write the step's keys and values, and give logits [R, V] of the sampled tokens."""
         return self.head(self.hidden(inputs, caches))
 
     def hidden(self, inputs: StepInputs, caches: Sequence[LayerCache]) -> Tensor:
         """Give what the head reads: the normed hidden states [R, D] of the sampled tokens. Keys and values are written."""
-        eps = self.spec.norm_eps
         windows = {layer.window for layer in self.layers}
         inputs = inputs._replace(attention=plan_attention(inputs.attention, caches[0].k_BKSH, windows=windows))
-        residual_TD = self.embedding(inputs.tokens_T)
-        x_TD = rms_norm(residual_TD, self.layers[0].input_norm_D, eps)
-        following = [layer.input_norm_D for layer in self.layers[1:]] + [self.norm_D]
-        for layer, cache, next_norm_D in zip(self.layers, caches, following, strict=True):
-            out_TE = self._attend(layer, cache, x_TD, inputs)
+        stream = self.residual(self.embedding(inputs.tokens_T))
+        for layer, cache in zip(self.layers, caches, strict=True):
+            out_TE = self._attend(layer, cache, stream.read(layer.qkv, layer.input_norm_D), inputs)
             if layer is self.layers[-1] and inputs.sampled_R is not None:
                 # Behind the last keys and values only what reaches the head counts: of a prompt one token in thousands.
-                out_TE, residual_TD = out_TE.index_select(0, inputs.sampled_R), residual_TD.index_select(0, inputs.sampled_R)
+                out_TE = stream.keep(inputs.sampled_R, out_TE)
                 if not len(inputs.sampled_R):
-                    return residual_TD
-            x_TD, residual_TD = add_rms_norm(layer.output(out_TE), residual_TD, layer.mlp_norm_D, eps)
-            x_TD = layer.down(silu_mul(layer.gate_up(x_TD)))
-            x_TD, residual_TD = add_rms_norm(x_TD, residual_TD, next_norm_D, eps)
-        return x_TD
+                    return out_TE.new_empty((0, self.spec.hidden_size))
+            stream.add(layer.output, out_TE)
+            stream.add(layer.down, stream.read(layer.gate_up, layer.mlp_norm_D, gated=True))
+        return stream.normed(self.norm_D)
 
-    def _attend(self, layer: Layer, cache: LayerCache, x_TD: Tensor, inputs: StepInputs) -> Tensor:
+    def residual(self, x_TD: Tensor) -> Residual:
+        """Start the residual stream of a step, in the way that its number of rows asks for."""
+        few = row_bucket(len(x_TD)) in self.few_rows
+        return (FewRows if few else ManyRows)(x_TD, self.spec.norm_eps)
+
+    def _attend(self, layer: Layer, cache: LayerCache, qkv_TO: Tensor, inputs: StepInputs) -> Tensor:
         """Write the step's keys and values and give the heads' outputs side by side, [T, N · H]."""
         spec = self.spec
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
-        qkv_TLH = layer.qkv(x_TD).view(x_TD.shape[0], heads + 2 * kv_heads, spec.head_dim)
+        qkv_TLH = qkv_TO.view(len(qkv_TO), heads + 2 * kv_heads, spec.head_dim)
         q_TNH, k_TKH, v_TKH = qkv_TLH.split([heads, kv_heads, kv_heads], dim=1)
         q_TNH = rotary_kv_write(
             q_TNH,
