@@ -12,6 +12,7 @@ become a replica. Both pass, and a new connection finds out when. Celery and kom
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import redis
@@ -31,6 +32,12 @@ class SteadyConsumer(Consumer):
             AttributeError,
             redis.ResponseError,
         )
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect, however long it takes; a Redis that was away for minutes is found within three seconds of its return."""
+        # Celery's own pause grows to half a minute.
+        conn.ensure_connection = partial(conn.ensure_connection, interval_start=0.5, interval_step=0.5, interval_max=3)
+        return super().ensure_connected(conn)
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
         """Let go of the broken connection, whatever state it is in."""

@@ -30,13 +30,11 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:  # nothin
         RedisServer() as first,
         RedisServer() as second,
         Proxy(first.port) as proxy,
-        ground(
-            redis_server=first, redis_url=proxy.url(first.url), chunk_size=8, dispatch_window=12, **(slow if long else {})
-        ) as field,
+        ground(redis_server=first, redis_proxy=proxy, chunk_size=8, dispatch_window=12, **(slow if long else {})) as field,
     ):
         pause_s = LONG_PAUSE_S if long else SHORT_PAUSE_S
         workers = [field.service.ready(field.worker(pause_s=pause_s, concurrency=2)) for _ in range(2)]
-        scene = Scene(field, Feed(field, size=400), workers, [first, second], proxy, say)
+        scene = Scene(field, Feed(field, size=400 if long else 160), workers, [first, second], proxy, say)
         counts: dict[str, int | float] = {}
         for name, harm in HARMS.items() if long else [(name, HARMS[name]) for name in SHORT]:
             times = 10 if long else 1

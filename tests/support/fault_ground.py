@@ -28,6 +28,7 @@ from typing import Any
 
 import redis
 from echo_frontend import answer
+from proxy import Proxy
 from servers import PostgresServer, RedisServer
 from service import Service
 from sqlalchemy import func, select
@@ -164,14 +165,13 @@ def ground(
     *,
     database: str = "postgres",
     redis_server: RedisServer | None = None,
-    redis_url: str = "",
-    database_url: str = "",
+    redis_proxy: Proxy | None = None,
+    database_proxy: Proxy | None = None,
     **changes: Any,
 ) -> Iterator[Ground]:
     """Make a ground with an empty Redis and an empty database ('postgres' or 'sqlite'); `changes` are settings.
 
-    `redis_server`: one of the fault's own, else the process's. `redis_url`, `database_url`: how the workers reach them, such as
-    through a proxy; the test itself goes straight.
+    `redis_server`: one of the fault's own, else the process's. Workers go through the proxies; the test itself goes straight.
     """
     server = redis_server or redis_of_this_process()
     server.resume()
@@ -193,8 +193,9 @@ def ground(
         )  # fmt: skip
         made = Ground(settings, folder, server, postgres)
         stack.callback(made.close)
-        elsewhere = {"redis_url": redis_url, "database_url": database_url}
-        made.service.settings = dataclasses.replace(settings, **{name: value for name, value in elsewhere.items() if value})
+        ways = {"redis_url": redis_proxy, "database_url": database_proxy}
+        through = {name: proxy.url(getattr(settings, name)) for name, proxy in ways.items() if proxy is not None}
+        made.service.settings = dataclasses.replace(settings, **through)
         try:
             yield made
         except BaseException:

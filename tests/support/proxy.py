@@ -175,6 +175,7 @@ class Proxy:
                 await asyncio.sleep(self.close_delay_s)
             target.shutdown(socket.SHUT_WR)
         except OSError:
+            await asyncio.sleep(self.close_delay_s)
             self._reset(link)
             return
         if all(task.done() or task is asyncio.current_task() for task in link.tasks):

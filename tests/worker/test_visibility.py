@@ -22,9 +22,9 @@ def test_messages_in_hand_are_renewed_and_acknowledged_ones_stay_away(settings: 
     store.create_batch(["a", "b", "c"], GenerationConfig(), model="echo", chunk_size=1)
     assert dispatch(store, broker, settings, "echo") == 3
     client = redis.Redis.from_url(settings.redis_url)
-    renewer = VisibilityRenewer(settings.redis_url)
+    taken: list = []
+    renewer = VisibilityRenewer(settings.redis_url, unfinished=lambda: {message.delivery_tag for message in taken})
     assert renewer.renew() == 0
-    taken = []
     with broker.app.connection_for_read() as connection, connection.channel() as channel:
         consumer = broker.app.amqp.TaskConsumer(channel, callbacks=[lambda _, message: taken.append(message)])
         with consumer:
@@ -52,8 +52,8 @@ def test_messages_in_hand_are_renewed_and_acknowledged_ones_stay_away(settings: 
 def test_a_redis_that_is_away_is_said_so(settings: Settings, store: Store, broker: Broker, redis_server: RedisServer) -> None:
     store.create_batch(["a"], GenerationConfig(), model="echo")
     assert dispatch(store, broker, settings, "echo") == 1
-    renewer = VisibilityRenewer(settings.redis_url)
     taken: list = []
+    renewer = VisibilityRenewer(settings.redis_url, unfinished=lambda: {message.delivery_tag for message in taken})
     with broker.app.connection_for_read() as connection, connection.channel() as channel:
         consumer = broker.app.amqp.TaskConsumer(channel, callbacks=[lambda _, message: taken.append(message)])
         consumer.consume()
@@ -66,3 +66,30 @@ def test_a_redis_that_is_away_is_said_so(settings: Settings, store: Store, broke
         redis_server.start()
         assert renewer.renew() == 1
     renewer.close()
+
+
+def test_a_message_whose_acknowledgement_was_lost_gives_its_place_back(
+    settings: Settings, store: Store, broker: Broker
+) -> None:
+    """Celery gives an acknowledgement up when its connection is reset; the place of the message would be taken for ever."""
+    store.create_batch(["a", "b"], GenerationConfig(), model="echo", chunk_size=1)
+    assert dispatch(store, broker, settings, "echo") == 2
+    client = redis.Redis.from_url(settings.redis_url)
+    taken: list = []
+    renewer = VisibilityRenewer(settings.redis_url, unfinished=lambda: {message.delivery_tag for message in taken[1:]})
+    with broker.app.connection_for_read() as connection, connection.channel() as channel:
+        channel.basic_qos(0, 2, False)
+        consumer = broker.app.amqp.TaskConsumer(channel, callbacks=[lambda _, message: taken.append(message)])
+        with consumer:
+            while len(taken) < 2:
+                connection.drain_events(timeout=5)
+            renewer.follow(channel)
+            assert not channel.qos.can_consume()
+            assert renewer.renew() == 2, "a message that has just come in may have no task yet"
+            assert renewer.renew() == 1
+            assert channel.qos.can_consume()
+            assert client.zrange(INDEX, 0, -1) == [taken[1].delivery_tag.encode()]
+            assert client.hkeys(KEY_PREFIX + "unacked") == [taken[1].delivery_tag.encode()]
+            taken[1].ack()
+    renewer.close()
+    client.close()
