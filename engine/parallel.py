@@ -1,15 +1,10 @@
-"""The tensor-parallel group: how ranks find each other, add up partial sums and share plans.
+"""The tensor-parallel group: how ranks find each other and add up partial sums.
 
-Tensors go through torch.distributed (gloo on a CPU, NCCL on GPUs). Plans go as JSON frames over TCP on the loopback device,
-because a collective would time out in an idle engine, and because a closed socket tells at once that its rank is gone.
-Knows nothing of models.
+Tensors go through torch.distributed: gloo on a CPU, NCCL on GPUs. Knows nothing of models, nor of plans (`engine.plan_channel`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import struct
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
@@ -19,11 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, though torch's stub doesn't say so
 
-from headrace.errors import RankLost
-
 _LOOPBACK = "127.0.0.1"
-_PLANS = "plans"  # the store's key under which rank 0 says where it sends plans from
-_LENGTH = struct.Struct("<Q")
 _JOIN_TIMEOUT = timedelta(minutes=10)  # loading a large model from a slow disk, rank by rank
 
 
@@ -126,87 +117,6 @@ class DistributedGroup:
         if self._open:
             self._open = False
             dist.destroy_process_group()
-
-
-def lost_rank(error: Exception) -> RankLost:
-    """Make the error for a rank that is gone, noticed by `error`."""
-    return RankLost(f"a tensor-parallel rank is gone ({error}); the engine has to be started again")
-
-
-class PlanSender:
-    """Rank 0's end of the plan channel: every frame goes to every other rank."""
-
-    def __init__(self, store: TCPStore, *, size: int) -> None:
-        """Listen, tell the others where, and wait for all of them."""
-        self._peers: list[socket.socket] = []
-        with socket.create_server((_LOOPBACK, 0)) as server:
-            server.settimeout(_JOIN_TIMEOUT.total_seconds())
-            store.set(_PLANS, str(server.getsockname()[1]))
-            for _ in range(size - 1):
-                peer, _ = server.accept()
-                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._peers.append(peer)
-
-    def send(self, frame: bytes) -> None:
-        """Send one frame. Raise `RankLost` where a rank is gone."""
-        try:
-            for peer in self._peers:
-                peer.sendall(_LENGTH.pack(len(frame)) + frame)
-        except OSError as error:
-            raise lost_rank(error) from None
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether a rank has closed its end, which a living one never does."""
-        return any(_is_closed(peer) for peer in self._peers)
-
-    def close(self) -> None:
-        """Close the channel, at which the other ranks end. May be called twice."""
-        for peer in self._peers:
-            with contextlib.suppress(OSError):
-                peer.close()
-        self._peers.clear()
-
-
-def _is_closed(peer: socket.socket) -> bool:
-    try:
-        return peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-class PlanReceiver:
-    """Another rank's end of the plan channel."""
-
-    def __init__(self, store: TCPStore) -> None:
-        """Connect to rank 0."""
-        port = int(store.get(_PLANS))
-        self._socket = socket.create_connection((_LOOPBACK, port), timeout=_JOIN_TIMEOUT.total_seconds())
-        self._socket.settimeout(None)  # an engine may idle for days between two plans
-
-    def receive(self) -> bytes | None:
-        """Wait for the next frame; None when rank 0 closed the channel or is gone."""
-        head = self._read(_LENGTH.size)
-        return None if head is None else self._read(_LENGTH.unpack(head)[0])
-
-    def _read(self, count: int) -> bytes | None:
-        parts: list[bytes] = []
-        while count:
-            try:
-                part = self._socket.recv(min(count, 1 << 20))
-            except OSError:
-                return None
-            if not part:
-                return None
-            parts.append(part)
-            count -= len(part)
-        return b"".join(parts)
-
-    def close(self) -> None:
-        """Close the channel."""
-        self._socket.close()
 
 
 def share(total: int, group: ParallelGroup) -> slice:

@@ -1,4 +1,4 @@
-"""The one thing that the ranks share: what one step computes. Frozen, JSON-ready, written by the scheduler of rank 0.
+"""The one thing that the ranks share: what one step computes. Frozen, written by the scheduler of rank 0.
 
 A runner keeps a state table with one row ("slot") for each running request: its token ids, its block table and its
 sampling parameters. A plan says which slots are filled anew and which token positions are computed; sampled tokens stay in
@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
+from array import array
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, NamedTuple, Protocol
 
 from engine.request import TokenRequest
 from engine.token_masks import TokenMasks
 from headrace.completion import TokenLogprobs
+
+_HEAD = struct.Struct("<QIII")
+_ROW = 7  # numbers of a row in a frame
 
 
 class Admission(NamedTuple):
@@ -63,29 +69,33 @@ class StepPlan:
         """Tokens that this step computes."""
         return sum(row.count for row in self.rows)
 
-    def to_json(self) -> bytes:
-        """Return the bytes that rank 0 sends to the other ranks."""
+    def to_bytes(self) -> bytes:
+        """Return what rank 0 sends to the other ranks: numbers as little-endian int32, requests as JSON."""
         admitted = [(one.slot, _request_dict(one.request), one.token_ids, one.blocks) for one in self.admitted]
-        return json.dumps(
-            {"step": self.step, "admitted": admitted, "rows": self.rows, "copies": self.copies}, separators=(",", ":")
-        ).encode()
+        requests = json.dumps(admitted, separators=(",", ":")).encode() if admitted else b""
+        rows = array("i", chain.from_iterable((*row[:5], len(row.new_blocks), row.scores) for row in self.rows))
+        blocks = array("i", chain.from_iterable(row.new_blocks for row in self.rows))
+        copies = array("i", chain.from_iterable(self.copies))
+        head = _HEAD.pack(self.step, len(self.rows), len(blocks), len(self.copies))
+        return b"".join((head, rows.tobytes(), blocks.tobytes(), copies.tobytes(), requests))
 
     @classmethod
-    def from_json(cls, data: bytes) -> StepPlan:
-        """Rebuild from `to_json` bytes."""
-        fields = json.loads(data)
-        return cls(
-            step=fields["step"],
-            admitted=tuple(
-                Admission(slot, TokenRequest.from_dict(request), tuple(token_ids), tuple(blocks))
-                for slot, request, token_ids, blocks in fields["admitted"]
-            ),
-            rows=tuple(
-                PlanRow(slot, start, count, samples, index, tuple(blocks), scores)
-                for slot, start, count, samples, index, blocks, scores in fields["rows"]
-            ),
-            copies=tuple((source, destination) for source, destination in fields["copies"]),
+    def from_bytes(cls, data: bytes) -> StepPlan:
+        """Rebuild from `to_bytes`."""
+        step, num_rows, num_blocks, num_copies = _HEAD.unpack_from(data)
+        ends = list(accumulate((_HEAD.size, 4 * _ROW * num_rows, 4 * num_blocks, 8 * num_copies)))
+        cells, blocks, copies = (array("i", data[start:end]).tolist() for start, end in pairwise(ends))
+        taken = iter(blocks)
+        rows = tuple(
+            PlanRow(slot, start, count, bool(samples), index, tuple(islice(taken, num_new)), scores)
+            for slot, start, count, samples, index, num_new, scores in zip(*[iter(cells)] * _ROW, strict=True)
         )
+        requests = json.loads(data[ends[-1] :] or b"[]")
+        admitted = (
+            Admission(slot, TokenRequest.from_dict(request), tuple(token_ids), tuple(table))
+            for slot, request, token_ids, table in requests
+        )
+        return cls(step=step, admitted=tuple(admitted), rows=rows, copies=tuple(zip(copies[::2], copies[1::2], strict=True)))
 
 
 def _request_dict(request: TokenRequest) -> dict[str, Any]:

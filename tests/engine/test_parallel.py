@@ -114,7 +114,7 @@ def test_a_lost_rank_is_an_error_at_once(tmp_path: Path) -> None:
         executor.close()
 
 
-def test_a_plan_survives_json() -> None:
+def test_a_plan_survives_the_wire() -> None:
     one = request(
         [5, 6],
         seed=2**64 - 1,
@@ -131,5 +131,5 @@ def test_a_plan_survives_json() -> None:
         rows=(PlanRow(1, 0, 2, True, 0, (), 1), PlanRow(0, 4, 1, False, 3, (5,))),
         copies=((3, 4), (3, 7)),
     )
-    assert StepPlan.from_json(plan.to_json()) == plan
-    assert StepPlan.from_json(StepPlan(step=0, admitted=(), rows=()).to_json()) == StepPlan(step=0, admitted=(), rows=())
+    assert StepPlan.from_bytes(plan.to_bytes()) == plan
+    assert StepPlan.from_bytes(StepPlan(step=0, admitted=(), rows=()).to_bytes()) == StepPlan(step=0, admitted=(), rows=())
