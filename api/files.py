@@ -5,6 +5,7 @@ An output or error file is no copy: its id names the batch, its lines are the ba
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
@@ -159,6 +160,7 @@ class _Upload:
         self._id: str | None = None
         self._buffer = bytearray()
         self._size = self._lines = self._parts = 0
+        self._sha256 = hashlib.sha256()
         self._ends_in_line = True
         # Set by the form, as far as its fields are known.
         self.expires_in_s: float | None = None
@@ -176,7 +178,13 @@ class _Upload:
         assert self._id is not None
         lines = self._lines + (not self._ends_in_line)
         stored = await run_in_threadpool(
-            self._files.complete, self._id, size=self._size, lines=lines, parts=self._parts, expires_in_s=self.expires_in_s
+            self._files.complete,
+            self._id,
+            size=self._size,
+            lines=lines,
+            parts=self._parts,
+            sha256=self._sha256.hexdigest(),
+            expires_in_s=self.expires_in_s,
         )
         self._id = None
         return _shape(stored)
@@ -188,9 +196,13 @@ class _Upload:
             return
         part = bytes(self._buffer[:count])
         del self._buffer[:count]
-        await run_in_threadpool(self._files.append, self._id, self._parts, part)
+        await run_in_threadpool(self._append, self._id, part)
+
+    def _append(self, file_id: str, part: bytes) -> None:
+        self._files.append(file_id, self._parts, part)
+        self._sha256.update(part)
         self._parts += 1
-        self._size += count
+        self._size += len(part)
         self._lines += part.count(b"\n")
         self._ends_in_line = part.endswith(b"\n")
 

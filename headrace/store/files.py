@@ -39,6 +39,8 @@ class StoredFile:
     bytes: int
     lines: int
     """Line ends in it."""
+    sha256: str | None
+    """Of the content."""
     parts: int
     created_at: float
     expires_at: float | None
@@ -51,7 +53,7 @@ def new_file_id() -> str:
 
 def from_row(row: Row[Any]) -> StoredFile:
     """Return the value of a row of `files`."""
-    names = ("id", "owner", "purpose", "filename", "bytes", "lines", "parts", "created_at", "expires_at")
+    names = ("id", "owner", "purpose", "filename", "bytes", "lines", "sha256", "parts", "created_at", "expires_at")
     return StoredFile(**{name: getattr(row, name) for name in names})
 
 
@@ -101,7 +103,9 @@ class Files:
 
         self._database.write(work)
 
-    def complete(self, file_id: str, *, size: int, lines: int, parts: int, expires_in_s: float | None = None) -> StoredFile:
+    def complete(
+        self, file_id: str, *, size: int, lines: int, parts: int, sha256: str | None = None, expires_in_s: float | None = None
+    ) -> StoredFile:
         """Show the file to everybody, until `expires_in_s` after its creation. Raises `Conflict` when the upload was given up."""
 
         def work(connection: Connection) -> StoredFile:
@@ -113,6 +117,7 @@ class Files:
                     bytes=size,
                     lines=lines,
                     parts=parts,
+                    sha256=sha256,
                     updated_at=now(),
                     expires_at=None if expires_in_s is None else files.c.created_at + expires_in_s,
                 )

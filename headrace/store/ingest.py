@@ -93,8 +93,12 @@ class Ingests:
         def work(connection: Connection) -> str:
             # Whoever else makes a batch of this file waits here: a request that is sent again finds what the first one made.
             file = files.lock(connection, file_id, owner=scope)
-            digest = content_hash(order, file_id)
-            if resent > 0 and order.idempotency_key is None and (known := _sent_before(connection, digest, order, resent)):
+            digest = content_hash(order, file)
+            if (
+                resent > 0
+                and order.idempotency_key is None
+                and (known := _sent_before(connection, digest, file_id, order, resent))
+            ):
                 return known
             announced = replace(order, reserved=file.lines)
             existing = open_batch(connection, batch_id, announced, input_file_id=file_id, resent=resent, content_hash=digest)
@@ -241,12 +245,12 @@ class Ingests:
         return self._database.write(work)
 
 
-def content_hash(order: Order, file_id: str) -> str:
-    """Return what two requests have in common that ask for the same."""
-    return hashlib.sha256(to_json({**order.header(), "input_file_id": file_id}).encode()).hexdigest()
+def content_hash(order: Order, file: files.StoredFile) -> str:
+    """Return what two requests have in common that ask for the same: also where the second one's sender uploaded the file again."""
+    return hashlib.sha256(to_json({**order.header(), "file": file.sha256 or file.id}).encode()).hexdigest()
 
 
-def _sent_before(connection: Connection, digest: str, order: Order, resent: int) -> str | None:
+def _sent_before(connection: Connection, digest: str, file_id: str, order: Order, resent: int) -> str | None:
     """Return the batch of an earlier sending of the same request, and note this one.
 
     Sendings of one call are counted by its client. A batch that answered this count already was made by another call.
@@ -254,7 +258,7 @@ def _sent_before(connection: Connection, digest: str, order: Order, resent: int)
     owned = batches.c.owner.is_(None) if order.owner is None else batches.c.owner == order.owner
     found = connection.execute(
         select(batches.c.id)
-        .where(batches.c.content_hash == digest, batches.c.input_file_id.is_not(None), owned, batches.c.resent < resent)
+        .where(batches.c.content_hash == digest, batches.c.input_file_id == file_id, owned, batches.c.resent < resent)
         .where(batches.c.created_at > now() - RESEND_S, batches.c.idempotency_key.is_(None))
         .order_by(batches.c.created_at.desc())
         .limit(1)

@@ -251,6 +251,8 @@ files = Table(
     _counter("bytes"),
     # Line ends: what a batch of it announces before it is read.
     _counter("lines"),
+    # Of the content: two uploads of it are one request under one idempotency key.
+    Column("sha256", String(64)),
     Column("parts", Integer, nullable=False, server_default=text("0")),
     Column("created_at", Double, nullable=False),
     Column("updated_at", Double, nullable=False),

@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("bytes", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("lines", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=True),
         sa.Column("parts", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("updated_at", sa.Double(), nullable=False),
