@@ -30,6 +30,17 @@ class Matrix:
         """Whether the weight is a part of `tensor` and not a copy."""
         return not self._packed and self._weight.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
+    @property
+    def plain(self) -> Tensor:
+        """The weight [out, in] as it was given. Only where `is_plain`."""
+        assert self.is_plain, "a repacked weight has no rows"
+        return self._weight
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight lies in memory as it was given."""
+        return not self._packed
+
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Give [T, O]."""
         if self._packed:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.gemm_table import with_table
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
 from engine.layers.matrix import Matrix
@@ -31,7 +32,7 @@ def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group:
         layers = tuple(loader.layer(index) for index in range(spec.num_layers))
         norm_D = loader.vector("model.norm.weight", spec.hidden_size)
     table_MH = cos_sin_table(spec.rope, head_dim=spec.head_dim, positions=max_positions, device=device)
-    return Decoder(spec=spec, embedding=embedding, layers=layers, norm_D=norm_D, head=head, cos_sin_MH=table_MH)
+    return with_table(Decoder(spec=spec, embedding=embedding, layers=layers, norm_D=norm_D, head=head, cos_sin_MH=table_MH))
 
 
 class _Loader:

@@ -23,7 +23,11 @@ from kernels.gpu.rms_norm import rms_norm
 
 MAX_ROWS = 64
 _STREAM_ROWS = 2
-"""More rows than this on the plain cores, and arithmetic takes longer than the weights (H200: four rows 138 us against 78)."""
+"""More rows than this on the plain cores, and arithmetic takes longer than the weights (H200: four rows 77 us against 56)."""
+_PROGRAMS = 160
+"""Programs that give every multiprocessor of a large GPU one, and some a second."""
+_FEW_PROGRAMS = 96
+"""Programs below which too many multiprocessors have none."""
 
 
 @triton.jit
@@ -172,22 +176,30 @@ class SkinnyShape(NamedTuple):
 
 
 @cache
-def choose_shape(*, rows: int, width: int, itemsize: int, fused: bool) -> SkinnyShape:
-    """Cut a launch that gives `width` outputs of `rows` rows; `fused`: with a norm or a gate.
+def choose_shape(*, rows: int, width: int, inner: int, itemsize: int) -> SkinnyShape:
+    """Cut a launch that gives `width` outputs of `rows` rows: on an H200 the best of those tried, in a whole decode step.
 
-    The widest programs that still leave each multiprocessor one, from the sweep on an H200.
+    On the tensor cores the widest programs that still give each multiprocessor more than one, or, where there are too few outputs
+    for that, deeper steps.
     """
-    if rows <= _STREAM_ROWS:
-        num_warps = 4 if fused or rows > 1 else 8
-        return SkinnyShape(dot=False, columns=4, depth=num_warps * 32 * 16 // itemsize, stages=2, num_warps=num_warps)
-    programs = 160 if rows <= 32 else 96
-    if width >= 64 * programs:
+    wide = width >= 64 * _PROGRAMS
+    if rows == 1 or (rows <= _STREAM_ROWS and not (wide and _fits_dot(inner, itemsize))):
+        return SkinnyShape(dot=False, columns=4, depth=4 * 32 * 16 // itemsize, stages=2, num_warps=4)
+    if wide:
+        return SkinnyShape(dot=True, columns=64, depth=128, stages=3 if rows <= 16 else 4, num_warps=4)
+    if rows > 32 and width >= 64 * _FEW_PROGRAMS:
         return SkinnyShape(dot=True, columns=64, depth=128, stages=4, num_warps=4)
-    if width >= 32 * programs and rows > 32:
-        return SkinnyShape(dot=True, columns=32, depth=256, stages=4, num_warps=4)
-    if width >= 32 * programs:
+    if width >= 32 * _PROGRAMS:
         return SkinnyShape(dot=True, columns=32, depth=128, stages=5, num_warps=4)
+    if width >= 32 * _FEW_PROGRAMS:
+        depth, stages = (256, 4) if rows <= 16 else (128, 6)
+        return SkinnyShape(dot=True, columns=32, depth=depth, stages=stages, num_warps=4)
     return SkinnyShape(dot=True, columns=16, depth=128, stages=6, num_warps=2)
+
+
+def _fits_dot(inner: int, itemsize: int) -> bool:
+    """Whether the tensor cores may be used: they would round float32, and their loop has no mask, so it needs whole steps."""
+    return itemsize == 2 and inner % 256 == 0
 
 
 def serves(rows: int, weight_OI: Tensor) -> bool:
@@ -195,8 +207,7 @@ def serves(rows: int, weight_OI: Tensor) -> bool:
     inner, itemsize = weight_OI.shape[1], weight_OI.element_size()
     if not weight_OI.is_contiguous() or weight_OI.data_ptr() % 16 or inner * itemsize % 16:
         return False
-    # The tensor cores would round float32; their loop has no mask, so it needs whole steps (of the deepest shape).
-    return rows <= _STREAM_ROWS or (rows <= MAX_ROWS and itemsize == 2 and inner % 256 == 0)
+    return rows <= _STREAM_ROWS or (rows <= MAX_ROWS and _fits_dot(inner, itemsize))
 
 
 def skinny_linear(
@@ -215,8 +226,7 @@ def skinny_linear(
     width = len(weight_OI) // 2 if gated else len(weight_OI)
     out_TO = torch.empty((rows, width), dtype=x_TI.dtype, device=x_TI.device) if residual_TO is None else residual_TO
     if shape is None:
-        fused = gated or norm_I is not None
-        shape = choose_shape(rows=rows, width=width, itemsize=x_TI.element_size(), fused=fused)
+        shape = choose_shape(rows=rows, width=width, inner=inner, itemsize=x_TI.element_size())
     if shape.dot and norm_I is not None:
         # The tensor cores take x as it lies in memory.
         x_TI, norm_I = rms_norm(x_TI, norm_I, eps), None

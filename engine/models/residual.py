@@ -1,0 +1,93 @@
+"""The residual stream of a decoder, and how a step's sublayers read from it and add to it: one way for many rows, one for few.
+
+Both give the same mathematics with the same weights. Many rows: norm, product and activation are kernels of their own, and a
+sublayer's end is added in the pass that norms for the next. Few rows: each linear layer is one kernel, with what stands before and
+behind it (`kernels.skinny_gemm`). Knows nothing of attention, nor which of the two is faster.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.layers.linear import ColumnLinear, RowLinear
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.silu_mul import silu_mul
+from kernels.skinny_gemm import skinny_linear
+
+
+class Residual(Protocol):
+    """What a block does with the stream [T, D]."""
+
+    def read(self, linear: ColumnLinear, norm_D: Tensor, *, gated: bool = False) -> Tensor:
+        """Norm the stream and put it through a layer; `gated`: the layer is gate and up, and silu(gate) · up is given."""
+
+    def add(self, linear: RowLinear, x_TI: Tensor) -> None:
+        """Put x through a layer and add it to the stream."""
+
+    def keep(self, rows_R: Tensor, x_TI: Tensor) -> Tensor:
+        """Go on with these rows of the stream alone, and give them of x."""
+
+    def normed(self, norm_D: Tensor) -> Tensor:
+        """Give the normed stream."""
+
+
+class ManyRows:
+    """A stream with whatever the last sublayer gave still beside it, until the next norm adds it."""
+
+    def __init__(self, residual_TD: Tensor, eps: float) -> None:
+        """Start with the embedded tokens, which may be written over."""
+        self._residual_TD = residual_TD
+        self._beside_TD: Tensor | None = None
+        self._eps = eps
+
+    def read(self, linear: ColumnLinear, norm_D: Tensor, *, gated: bool = False) -> Tensor:
+        """See `Residual.read`."""
+        y_TO = linear(self.normed(norm_D))
+        return silu_mul(y_TO) if gated else y_TO
+
+    def add(self, linear: RowLinear, x_TI: Tensor) -> None:
+        """See `Residual.add`."""
+        self._beside_TD = linear(x_TI)
+
+    def keep(self, rows_R: Tensor, x_TI: Tensor) -> Tensor:
+        """See `Residual.keep`."""
+        assert self._beside_TD is None, "rows are left between a sublayer and its sum"
+        self._residual_TD = self._residual_TD.index_select(0, rows_R)
+        return x_TI.index_select(0, rows_R)
+
+    def normed(self, norm_D: Tensor) -> Tensor:
+        """See `Residual.normed`."""
+        if self._beside_TD is None:
+            return rms_norm(self._residual_TD, norm_D, self._eps)
+        x_TD, self._residual_TD = add_rms_norm(self._beside_TD, self._residual_TD, norm_D, self._eps)
+        self._beside_TD = None
+        return x_TD
+
+
+class FewRows:
+    """A stream to which every layer adds at once. For plain matrices of one rank, and as many rows as the kernels serve."""
+
+    def __init__(self, residual_TD: Tensor, eps: float) -> None:
+        """Start with the embedded tokens, which may be written over."""
+        self._residual_TD = residual_TD
+        self._eps = eps
+
+    def read(self, linear: ColumnLinear, norm_D: Tensor, *, gated: bool = False) -> Tensor:
+        """See `Residual.read`."""
+        weight_OI = linear.weight.plain
+        return skinny_linear(self._residual_TD, weight_OI, linear.bias_O, norm_I=norm_D, eps=self._eps, gated=gated)
+
+    def add(self, linear: RowLinear, x_TI: Tensor) -> None:
+        """See `Residual.add`."""
+        self._residual_TD = skinny_linear(x_TI, linear.weight.plain, linear.bias_O, residual_TO=self._residual_TD)
+
+    def keep(self, rows_R: Tensor, x_TI: Tensor) -> Tensor:
+        """See `Residual.keep`."""
+        self._residual_TD = self._residual_TD.index_select(0, rows_R)
+        return x_TI.index_select(0, rows_R)
+
+    def normed(self, norm_D: Tensor) -> Tensor:
+        """See `Residual.normed`."""
+        return rms_norm(self._residual_TD, norm_D, self._eps)
