@@ -221,7 +221,7 @@ def cancel_batch(batch_id: BatchId, services: ServicesDep) -> Response:
 def retry_batch(batch_id: BatchId, services: ServicesDep, idempotency_key: IdempotencyKey = None) -> Response:
     """Make a new batch of the prompts of a finished one that have an error (failed, cancelled, expired), in their order.
 
-    The old batch stays as it is; `metadata.retry_of` of the new one names it. Prompts that were refused as they came in (empty, too
+    The old batch stays as it is; `metadata.retry_of` of the new one names it (where the old one has not 16 pairs already). Prompts that were refused as they came in (empty, too
     long) are left out. 409 when the batch is not over, or nothing of it can be retried.
     """
     settings = services.settings

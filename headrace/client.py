@@ -14,12 +14,13 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, BinaryIO, Final, Self
 
 import httpx
 
-from headrace.batch import Batch, BatchStatus
+from headrace.batch import ROWS, Batch, BatchStatus
 from headrace.completion import Completion
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, EngineError, HeadraceError, InvalidRequest, ServiceUnavailable
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _RETRIED: Final = frozenset({429, 502, 503, 504})
 _LONGEST_PAUSE_S: Final = 10.0
+_FILE_LIFE_S: Final = 86_400
 _LONGEST_HINT_S: Final = 60.0
 """A Retry-After beyond this isn't waited for: the caller gets the error and decides."""
 
@@ -97,6 +99,53 @@ class Client:
         headers = {"content-type": "application/json", "idempotency-key": _key(idempotency_key)}
         return read_batch(self._json("POST", "/v1/batches", content=_encode(body), headers=headers))
 
+    def submit_file(  # noqa: PLR0913  # one keyword for each thing that a caller may say
+        self,
+        path: Path,
+        gen_config: GenerationConfig | None = None,
+        *,
+        endpoint: str = ROWS,
+        model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        priority: int = 0,
+        completion_window: str = "24h",
+        idempotency_key: str | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Batch:
+        """Upload a JSONL file and submit it as one batch, in constant memory on both sides.
+
+        `endpoint`: one of OpenAI's, for lines of {custom_id, method, url, body}, each with sampling parameters of its own; else lines are
+        texts, {prompt} or {messages}, and `gen_config` is for all of them. `on_progress` gets the bytes sent so far. The server reads the
+        file while the batch is `validating`, and forgets it after a day.
+        """
+        body = {
+            "input_file_id": self.upload(path, on_progress),
+            "endpoint": endpoint,
+            "gen_config": None if gen_config is None else gen_config.to_dict(),
+            "model": model,
+            "metadata": dict(metadata) if metadata else None,
+            "priority": priority,
+            "completion_window": completion_window,
+        }
+        headers = {"content-type": "application/json", "idempotency-key": _key(idempotency_key)}
+        return read_batch(self._json("POST", "/v1/batches", content=_encode(body), headers=headers))
+
+    def upload(self, path: Path, on_progress: Callable[[int], None] | None = None) -> str:
+        """Upload a file and return its id. It is read as it is sent; an attempt that fails is begun again."""
+        form = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": str(_FILE_LIFE_S)}
+        with path.open("rb") as file:
+            source = _Told(file, on_progress)
+            reply = self._json("POST", "/v1/files", data=form, files={"file": (path.name, source, "application/jsonl")})
+        return str(reply["id"])
+
+    def file_content(self, file_id: str) -> Iterator[str]:
+        """Yield the lines of a file, such as a batch's `output_file_id`, in constant memory. Raises `NotFound`."""
+        with self._http.stream("GET", f"/v1/files/{file_id}/content") as response:
+            if response.is_error:
+                response.read()
+                raise error_of(response)
+            yield from response.iter_lines()
+
     def get(self, batch_id: str) -> Batch:
         """Return the batch as it stands now. Raises `NotFound`."""
         return read_batch(self._json("GET", f"/v1/batches/{batch_id}"))
@@ -164,7 +213,7 @@ class Client:
     def retry(self, batch_id: str, *, idempotency_key: str | None = None) -> Batch:
         """Submit the failed prompts of a batch that is over as a new batch, in their order; return that one.
 
-        Its `metadata['retry_of']` names the old one, which stays as it is. Raises `Conflict` when nothing of it can be retried.
+        Its `metadata['retry_of']` names the old one, which stays as it is (with 16 pairs of its own there is no room for it). Raises `Conflict` when nothing of it can be retried.
         """
         headers = {"idempotency-key": _key(idempotency_key)}
         return read_batch(self._json("POST", f"/v1/batches/{batch_id}/retry", headers=headers))
@@ -228,6 +277,28 @@ class Client:
                 raise TimeoutError(message)
             seconds = min(seconds, left)
         time.sleep(seconds)
+
+
+class _Told:
+    """A file that tells how far it was read."""
+
+    def __init__(self, file: BinaryIO, on_progress: Callable[[int], None] | None) -> None:
+        self._file = file
+        self._on_progress = on_progress or (lambda _: None)
+
+    def read(self, count: int = -1) -> bytes:
+        piece = self._file.read(count)
+        self._on_progress(self._file.tell())
+        return piece
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
 
 def error_of(response: httpx.Response) -> HeadraceError:

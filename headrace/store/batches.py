@@ -11,12 +11,14 @@ from headrace.batch import Batch, BatchStatus, Item, RequestCounts
 from headrace.completion import TokenUsage
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound
-from headrace.store.lifecycle import advance, lock_batch
+from headrace.store.lifecycle import DELETING, advance, lock_batch
 from headrace.store.tables import batches, chunks, completions, ingests, now, prompts
 from headrace.store.values import to_json
 
 STALL_S: Final = 300.0
 """A batch of which no prompt arrived for so long, and that is not complete, is given up: whoever sent it is gone."""
+DELETE_SLICE: Final = 5000
+"""Rows that are deleted in one transaction: on SQLite nobody else writes meanwhile."""
 _STALLED_ERROR: Final = {
     "code": "submission_interrupted",
     "message": "The sender went away before every prompt was stored; send the batch again.",
@@ -47,7 +49,7 @@ def usage_of(row: Row[Any]) -> TokenUsage:
 
 def get(connection: Connection, batch_id: str) -> Row[Any]:
     """Return the batch's row; raise `NotFound`."""
-    row = connection.execute(select(batches).where(batches.c.id == batch_id)).first()
+    row = connection.execute(select(batches).where(batches.c.id == batch_id, batches.c.status != DELETING)).first()
     if row is None:
         raise NotFound(f"no batch {batch_id}", param="batch_id")
     return row
@@ -66,7 +68,8 @@ def find(
     connection: Connection, *, after: str | None, limit: int, status: BatchStatus | None, owner: str | None = None
 ) -> list[Batch]:
     """Return batches (of `owner` alone), newest first, from the one after `after`; raise `NotFound` when that is unknown."""
-    query = select(batches).order_by(batches.c.created_at.desc(), batches.c.id.desc()).limit(limit)
+    query = select(batches).where(batches.c.status != DELETING)
+    query = query.order_by(batches.c.created_at.desc(), batches.c.id.desc()).limit(limit)
     if after is not None:
         last = get(connection, after)
         if owner is not None and last.owner != owner:
@@ -89,16 +92,34 @@ def begin_cancel(connection: Connection, batch_id: str) -> None:
     raise Conflict(f"Cannot cancel a batch with status '{row.status}'.")
 
 
-def remove(connection: Connection, batch_id: str) -> None:
-    """Delete a batch that is over, with all its rows; raise `NotFound`, and `Conflict` while it is not over."""
+def begin_delete(connection: Connection, batch_id: str) -> None:
+    """Let nobody see a batch that is over any more; raise `NotFound`, and `Conflict` while it is not over."""
     row = lock_batch(connection, batch_id)
     if row is None:
         raise NotFound(f"no batch {batch_id}", param="batch_id")
     if not BatchStatus(row.status).is_terminal:
         raise Conflict(f"Cannot delete a batch with status '{row.status}'; cancel it first.")
-    for table in (completions, prompts, chunks):
-        connection.execute(delete(table).where(table.c.batch_id == batch_id))
-    connection.execute(delete(batches).where(batches.c.id == batch_id))
+    values = {"status": DELETING, "idempotency_key": None, "updated_at": now()}
+    connection.execute(update(batches).where(batches.c.id == batch_id).values(values))
+
+
+def find_deleting(connection: Connection) -> list[str]:
+    """Return the ids of the batches of which rows may be left: somebody deletes them now, or was killed over it."""
+    return list(connection.execute(select(batches.c.id).where(batches.c.status == DELETING)).scalars())
+
+
+def delete_slice(connection: Connection, batch_id: str, *, start: int) -> bool:
+    """Delete the rows from index `start` on of a batch that nobody sees, `DELETE_SLICE` of them; return whether there are more."""
+    stop = start + DELETE_SLICE
+    for table in (completions, prompts):
+        connection.execute(delete(table).where(table.c.batch_id == batch_id, table.c.index >= start, table.c.index < stop))
+    # A batch that failed while it came in has no total; its rows are gone already.
+    last = connection.execute(select(batches.c.total).where(batches.c.id == batch_id)).scalar()
+    if last is not None and stop < last:
+        return True
+    connection.execute(delete(chunks).where(chunks.c.batch_id == batch_id))
+    connection.execute(delete(batches).where(batches.c.id == batch_id, batches.c.status == DELETING))
+    return False
 
 
 def find_outlived(connection: Connection, *, retention_s: float, limit: int) -> list[str]:

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_SLICE: Final = 128
 """Chunks that are closed in one transaction: so few that other writers wait for a fraction of a second."""
+DELETING: Final = "deleting"
+"""In `batches.status`: the batch is gone for everybody, and its rows are being deleted piece by piece. No state that anyone sees."""
 CANCELLED_ERROR: Final = CompletionError(
     code="batch_cancelled", message="The batch was cancelled before this prompt was answered."
 )
@@ -52,7 +54,8 @@ def advance(connection: Connection, batch_id: str, target: BatchStatus) -> bool:
 def lock_batch(connection: Connection, batch_id: str) -> Row[Any] | None:
     """Return the batch's row, which nobody else changes until the transaction ends; None: there is none."""
     # FOR NO KEY UPDATE: inserting rows that refer to the batch goes on.
-    return connection.execute(select(batches).where(batches.c.id == batch_id).with_for_update(key_share=True)).first()
+    row = connection.execute(select(batches).where(batches.c.id == batch_id).with_for_update(key_share=True)).first()
+    return None if row is None or row.status == DELETING else row
 
 
 def settle(connection: Connection, batch_id: str) -> None:

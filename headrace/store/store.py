@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from sqlalchemy import text
 
@@ -29,6 +29,8 @@ from headrace.store.session import Database
 from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
 
 log = logging.getLogger(__name__)
+
+MAX_METADATA: Final = 16
 
 
 class Store:
@@ -161,7 +163,7 @@ class Store:
         options = {"owner": self.owner_of(batch_id), "reserved": old.counts.failed, **options}
         return self.create_batch(
             itertools.chain([first], failed), old.gen_config, model=old.model, priority=old.priority, endpoint=old.endpoint,
-            completion_window=old.completion_window, metadata={**old.metadata, "retry_of": batch_id}, **options,
+            completion_window=old.completion_window, metadata=_retried(old), **options,
         )  # fmt: skip
 
     def _failed_prompts(self, batch_id: str) -> Iterator[Item]:
@@ -175,8 +177,17 @@ class Store:
         self.get_batch(batch_id)
 
     def delete_batch(self, batch_id: str) -> None:
-        """Delete a batch that is over, with its prompts and results. Raises `NotFound`, and `Conflict` while it is not over."""
-        self._database.write(lambda connection: batches.remove(connection, batch_id), repeatable=False)
+        """Delete a batch that is over, with its prompts and results. Raises `NotFound`, and `Conflict` while it is not over.
+
+        It is gone at once; its rows go in short transactions, and what a killed process left of them goes with the next sweep.
+        """
+        self._database.write(lambda connection: batches.begin_delete(connection, batch_id), repeatable=False)
+        self._erase(batch_id)
+
+    def _erase(self, batch_id: str) -> None:
+        start = 0
+        while self._database.write(lambda connection, start=start: batches.delete_slice(connection, batch_id, start=start)):  # type: ignore[misc]
+            start += batches.DELETE_SLICE
 
     def delete_outlived(self, *, retention_s: float, limit: int = 20) -> int:
         """Delete up to `limit` batches that have been over for `retention_s` seconds; return how many."""
@@ -194,8 +205,10 @@ class Store:
         """Sweep; return how many batches were touched. Several processes may sweep at once.
 
         Batches whose window is over end (their open prompts get 'batch_expired'), cancellations whose workers are gone are
-        finished, batches whose sender went away before all was stored are given up.
+        finished, batches whose sender went away before all was stored are given up, deletions that broke off are ended.
         """
+        for batch_id in self._database.read(batches.find_deleting):
+            self._erase(batch_id)
         for batch_id in self._database.read(batches.find_due):
             # One at a time, and waiting for it: a batch that is always being written to is never free at first sight.
             self._database.write(lambda connection, due=batch_id: batches.begin_expire(connection, due))  # type: ignore[misc]
@@ -302,8 +315,8 @@ class Store:
 
         def work(connection: Any) -> list[Completion]:
             found = results.page(connection, batch_id, after=after, limit=limit)
-            if not found:
-                batches.get(connection, batch_id)
+            # Afterwards, always: a page of a batch that is being deleted has gaps.
+            batches.get(connection, batch_id)
             return found
 
         return self._database.read(work)
@@ -340,6 +353,12 @@ class Store:
     def list_workers(self, *, max_age_s: float | None = None, model: str | None = None) -> list[WorkerInfo]:
         """Return the workers, those heard of within `max_age_s` seconds if given, in order of their start."""
         return self._database.read(lambda connection: workers.read(connection, max_age_s=max_age_s, model=model))
+
+
+def _retried(old: Batch) -> dict[str, str]:
+    """Return the metadata of a retry: the old ones and where they came from, if that doesn't make more than a batch may have."""
+    metadata = {**old.metadata, "retry_of": old.id}
+    return metadata if len(metadata) <= MAX_METADATA else dict(old.metadata)
 
 
 def open_store(url: str, *, create: bool = False) -> Store:

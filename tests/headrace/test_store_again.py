@@ -11,6 +11,7 @@ from headrace.batch import BatchStatus
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound, QueueFull
 from headrace.store import Store
+from headrace.store import batches as queries
 from headrace.store.tables import batches, chunks, completions, prompts
 
 TABLES = (batches, prompts, chunks, completions)
@@ -126,6 +127,34 @@ def test_only_a_batch_that_is_over_is_deleted_and_nothing_of_it_stays(store: Sto
     assert store.finish_chunk(claims[0]) is False
     assert [count(store, table) for table in TABLES] == [1, 2, 1, 0]
     assert check(store, other.id).counts.total == 2
+
+
+def test_a_deletion_that_broke_off_is_seen_by_nobody_and_ended_by_the_sweep(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "DELETE_SLICE", 4)
+    batch = submit(store, 10, chunk_size=5, idempotency_key="k")
+    work_off(store, take(store))
+    reader = store.stream_results(batch.id, page=2)
+    assert [next(reader).index, next(reader).index] == [0, 1]
+    execute(store, batches.update().values(idempotency_key=None))
+    store._database.write(lambda connection: queries.begin_delete(connection, batch.id))
+    assert store._database.write(lambda connection: queries.delete_slice(connection, batch.id, start=0))
+    assert count(store, completions) == 6
+    for look in (store.get_batch, store.cancel_batch, store.delete_batch, store.retry_batch, lambda _: next(reader)):
+        with pytest.raises(NotFound):
+            look(batch.id)
+    assert store.list_batches() == []
+    assert submit(store, 1, idempotency_key="k").id != batch.id
+    store.expire_batches()
+    assert [count(store, table) for table in TABLES] == [1, 1, 1, 0]
+
+
+def test_a_retry_of_a_batch_with_sixteen_pairs_has_no_more(store: Store) -> None:
+    for pairs in (16, 15):
+        old = submit(store, 1, metadata={str(number): "x" for number in range(pairs)})
+        store.cancel_batch(old.id)
+        assert len(store.retry_batch(old.id).metadata) == 16
 
 
 def test_batches_are_kept_for_as_long_as_they_are_asked_to_be(store: Store) -> None:
