@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = (sys.executable, "-P", "-m", "engine.rank")
 _TAIL_LINES = 40
 _READ_SIZE = 1 << 18
+_LONGEST_LINE = 1 << 14
 
 
 def _environment() -> dict[str, str]:
@@ -65,6 +66,7 @@ class RankProcess:
         os.set_blocking(self.stdout, False)
         os.set_blocking(self.stderr, False)
         self._frames = FrameReader()
+        # At most so many lines, and none of them longer than what is read at once.
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._line = b""
         # A thread writes: a long prompt fills the pipe while the rank computes, and the supervisor must go on reading.
@@ -104,8 +106,9 @@ class RankProcess:
         except BlockingIOError:
             return True
         *lines, self._line = (self._line + data).split(b"\n")
-        if not data and self._line:
-            lines, self._line = [self._line], b""
+        # At the end, and where no end of the line comes: a library that draws with \r for hours must not fill this process's memory.
+        if self._line and (not data or len(self._line) > _LONGEST_LINE):
+            lines, self._line = [*lines, self._line], b""
         for line in lines:
             text = line.decode("utf-8", "replace").rstrip()
             if text:

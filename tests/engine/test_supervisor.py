@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from engine.frontend import Frontend
+from engine.rank_process import RankProcess
 from engine.supervisor import EngineEvent, Limits
 from headrace.completion import Completion
 from headrace.config import GenerationConfig, PytorchEngineConfig
@@ -338,3 +339,16 @@ def test_a_rank_that_cannot_read_its_commands_ends() -> None:
         process.stdin.write(b"\xff" * 8)
         process.stdin.flush()  # and it stays open: it isn't the end of the file that ends the process
         assert process.wait(timeout=30) == 1
+
+
+def test_a_rank_that_writes_no_line_ends_fills_no_memory() -> None:
+    script = "import sys\nfor _ in range(400): sys.stderr.write('.' * 10_000)\nsys.stderr.write('the last words')"
+    process = RankProcess(0, [sys.executable, "-c", script])
+    try:
+        while process.read_stderr():
+            assert len(process._line) <= 1 << 14
+            time.sleep(0.001)
+        assert len(process.stderr_tail) < 40 << 18
+        assert process.stderr_tail.endswith("the last words")
+    finally:
+        process.kill()
