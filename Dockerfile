@@ -17,6 +17,6 @@ RUN uv pip install --system --no-cache -e ".[embedded]"
 COPY . .
 RUN useradd --create-home --uid 10001 headrace && mkdir -p /data && chown headrace:headrace /data
 USER headrace
-ENV HEADRACE_HOME=/data PYTHONUNBUFFERED=1
+ENV HEADRACE_HOME=/data HEADRACE_SPOOL_DIR=/data/spool PYTHONUNBUFFERED=1
 EXPOSE 8000
 CMD ["headrace", "doctor"]

@@ -6,6 +6,7 @@ Everything lives under one state directory, which one stack at a time holds by a
     stack.json    the URLs for clients, and the children (pid and birth) for the next stack to clear away after a kill -9
     headrace.db   SQLite, unless another database is named
     redis/        the append-only file, unless another Redis is named
+    spool/        answers that the database could not take yet
     logs/         one file for each child, appended to
     flower-login  user:password of Flower, unless FLOWER_BASIC_AUTH names another
 
@@ -143,7 +144,10 @@ class Stack:
             flower=f"http://127.0.0.1:{self._flower_port}" if options.flower else None,
         )
         model = given.model if not Path(given.model).is_dir() else str(Path(given.model).resolve())
-        self.settings = dataclasses.replace(given, database_url=self.urls.database, redis_url=self.urls.redis, model=model)
+        spool = state / "spool" if given.spool_dir == Settings().spool_dir else given.spool_dir
+        self.settings = dataclasses.replace(
+            given, database_url=self.urls.database, redis_url=self.urls.redis, model=model, spool_dir=spool
+        )
         self._children: list[Child] = []
         # Set by start(), cleared by stop().
         self._lock: IO[bytes] | None = None

@@ -71,6 +71,7 @@ def look(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _model()
     yield _redis()
     yield _database()
+    yield _spool()
     yield _server(options.server_url(arguments))
     if arguments.engine:
         yield from _engine()
@@ -187,6 +188,23 @@ def _database() -> Finding:
     except HeadraceError as error:
         return Finding("database", "missing", f"{hide_password(url)}: {error.message}")
     return Finding("database", "ok", f"{hide_password(url)} answers and its tables are up to date")
+
+
+def _spool() -> Finding:
+    """Answers that no database has taken yet; only a worker reads them."""
+    from headrace.settings import get_settings
+
+    try:
+        folder = get_settings().spool_dir
+        sizes = [path.stat().st_size for path in folder.glob("*.spool")]
+    except HeadraceError as error:
+        return Finding("spool", "note", error.message)
+    except OSError as error:
+        return Finding("spool", "note", str(error))
+    if not sizes:
+        return Finding("spool", "ok", f"nothing waits in {folder}")
+    detail = f"{len(sizes)} files with {sum(sizes) / 2**20:.1f} MiB of answers wait in {folder} for the database"
+    return Finding("spool", "note", f"{detail}; a worker of it that starts here records what a killed one has left")
 
 
 def _server(url: str) -> Finding:

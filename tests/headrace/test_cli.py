@@ -249,6 +249,17 @@ def test_doctor_names_what_is_missing(
     assert missing == ["model", "Redis", "database"]
 
 
+def test_doctor_shows_a_spool_that_is_not_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HEADRACE_SPOOL_DIR", str(tmp_path))
+    (tmp_path / "gpu_host_1.spool").write_bytes(bytes(3 << 20))
+    main(["doctor", "--json"])
+    [found] = [finding for finding in json.loads(capsys.readouterr().out) if finding["name"] == "spool"]
+    assert found["state"] == "note"
+    assert "1 files with 3.0 MiB" in found["detail"]
+
+
 def test_doctor_shows_the_engines_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
 ) -> None:
