@@ -8,6 +8,10 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+if __name__ == "__main__":
+    # This folder's `kernels.py` would be found for the room of that name, or for another project's package.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from safetensors.torch import save_file
 
