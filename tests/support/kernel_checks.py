@@ -315,9 +315,11 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", default=list(CHECKS), choices=list(CHECKS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"])
+    parser.add_argument("--shapes", nargs="+", type=int, default=range(len(ATTENTION_SHAPES)), help="attention's, by number")
     arguments = parser.parse_args()
     failed = 0
-    for check in run_checks(arguments.only, arguments.dtypes, arguments.device):
+    shapes = [ATTENTION_SHAPES[number] for number in arguments.shapes]
+    for check in run_checks(arguments.only, arguments.dtypes, arguments.device, shapes):
         print(json.dumps({**check._asdict(), "passed": check.passed}), flush=True)
         failed += not check.passed
     return 1 if failed else 0
