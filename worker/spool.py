@@ -15,6 +15,7 @@ This module knows no SQL, no Celery and no engine.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -23,7 +24,6 @@ import re
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -79,7 +79,7 @@ class Spool:
     def _write(self, data: bytes) -> None:
         is_new = self._file is None
         if self._file is None:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             _write_all(self._file, data)
@@ -110,8 +110,10 @@ class Spool:
 
     def _remove(self) -> None:
         assert self._file is not None
-        # Before the lock is given up: whoever gets it finds that the name is gone.
-        self.path.unlink(missing_ok=True)
+        # Before the lock is given up: whoever gets it finds that the name is gone. A file that can't be removed is read once more
+        # by the next worker, which changes nothing.
+        with contextlib.suppress(OSError):
+            self.path.unlink()
         os.close(self._file)
         self._file, self._size = None, 0
 
@@ -153,7 +155,7 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def orphans(folder: Path, *, store: str) -> Iterator[list[Orphan]]:
     """Yield the spools of dead workers of `store` (its `mark`), which nobody else takes up meanwhile.
 
@@ -178,17 +180,16 @@ def orphans(folder: Path, *, store: str) -> Iterator[list[Orphan]]:
 
 def _lock_orphan(path: Path) -> int | None:
     """Return the open file; None when it is a living worker's, or has just been removed by one."""
-    try:
+    with contextlib.suppress(OSError):  # also another user's file, and a file system without locks
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            return None
         if os.fstat(file).st_nlink:
             return file
-    except BlockingIOError:
-        pass
-    os.close(file)
+        os.close(file)
     return None
 
 
@@ -228,8 +229,15 @@ def _parse(line: bytes) -> Entry | None:
     match = _LINE.fullmatch(line)
     if match is None or int(match[2]) != len(match[3]) or int(match[1], 16) != zlib.crc32(match[3]):
         return None
-    data = json.loads(match[3])
-    return Claim(**data["claim"]), [Completion.from_dict(item) for item in data["completions"]]
+    try:
+        data = json.loads(match[3])
+        return Claim(**data["claim"]), [Completion.from_dict(item) for item in data["completions"]]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # of a release that forgot to raise FORMAT: a worker must not fail to start for it
+        return None
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -39,7 +39,7 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
             field.service.ready(worker)
         monkey = _Monkey(field, crew, draw, longest_s=5.0 if long else 0.5)
         until = time.monotonic() + LONG_S
-        deck = [] if long else ["spool", "locked", "immediate"]
+        deck = [] if long else ["spool", "locked"]
         while deck or (long and time.monotonic() < until):
             rest(draw.uniform(5, 20) if long else 0.5, lambda: None)
             if not deck:
@@ -172,7 +172,7 @@ class _Monkey:
             wait_for(lambda: list(folder.glob("*.spool")), timeout_s=10, what="answers are on disk")
         wait_for(lambda: self._held_by(self._crew[place]) or not list(folder.glob("*.spool")), timeout_s=10, what="its own are")
         self._crew[place].kill9()
-        self._crew[place] = self._field.worker(pause_s=1.0)
+        self._crew[place] = self._field.worker(pause_s=0.5)
         time.sleep(1)
         self._server.start()
         self._field.service.ready(self._crew[place])

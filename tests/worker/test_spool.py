@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,26 @@ def test_a_living_workers_spool_is_its_own(tmp_path: Path) -> None:
     alive.clear()
     assert not alive.path.exists()
     assert dead.path.exists()
+
+
+def test_two_workers_that_start_together_take_up_each_spool_once(tmp_path: Path) -> None:
+    dead = make(tmp_path)
+    dead.append([entry()])
+    dead.close()
+    with orphans(tmp_path, store=MARK) as first, orphans(tmp_path, store=MARK) as second:
+        assert [len(first), len(second)] == [1, 0]
+        first[0].path.unlink()
+    assert left_in(tmp_path) == []
+
+
+def test_a_record_that_this_release_cannot_read_is_passed_over(tmp_path: Path) -> None:
+    spool = make(tmp_path)
+    spool.append([entry(1)])
+    spool.close()
+    body = b'{"claim":{"of_tomorrow":1},"completions":[]}'
+    with spool.path.open("ab") as file:
+        file.write(b"%08x %d %s\n" % (zlib.crc32(body), len(body), body))
+    assert left_in(tmp_path) == [entry(1)]
 
 
 @pytest.mark.parametrize("store", ["d2 0001", "d1 0002"], ids=["another database", "another schema"])
