@@ -16,6 +16,7 @@ import hashlib
 import logging
 import re
 import socket
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import redis
@@ -24,7 +25,8 @@ from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as BrokerError
 
 from headrace.crash import crash_point
-from headrace.errors import NotFound, QueueUnavailable
+from headrace.errors import InvalidRequest, NotFound, QueueUnavailable
+from headrace.store.values import ChunkRef
 
 if TYPE_CHECKING:
     from headrace.settings import Settings
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 TASK_GENERATE: Final = "headrace.generate"
 TASK_RECONCILE: Final = "headrace.reconcile"
 KEY_PREFIX: Final = "headrace:"
+POINTER_VERSION: Final = 0
+"""The version of a message that carries no prompts."""
 SEND_GROUP: Final = 8
 """Chunks that are marked as sent before they are: so many wait for their grace to pass when the sender dies between the two."""
 
@@ -128,12 +132,16 @@ class Broker:
         self.app = app
         self._redis = redis.Redis.from_url(str(app.conf.broker_url), socket_timeout=5, socket_connect_timeout=3)
 
-    def enqueue(self, message: ChunkMessage) -> None:
-        """Put one chunk into its model's queue. What an operator sees of it in Flower names no prompt."""
+    def enqueue(self, message: ChunkMessage | ChunkRef) -> None:
+        """Put one chunk into its model's queue: its message, or a pointer that a worker reads from SQL.
+
+        What an operator sees of it in Flower names no prompt.
+        """
+        chunk = {"version": POINTER_VERSION, **asdict(message)} if isinstance(message, ChunkRef) else message.to_dict()
         try:
             self.app.send_task(
                 TASK_GENERATE,
-                kwargs={"chunk": message.to_dict()},
+                kwargs={"chunk": chunk},
                 queue=queue_name(message.model),
                 argsrepr=describe(message),
                 kwargsrepr="",
@@ -155,7 +163,7 @@ class Broker:
         self.app.close()
 
 
-def describe(message: ChunkMessage) -> str:
+def describe(message: ChunkMessage | ChunkRef) -> str:
     """Return one line for operators, such as `batch_1f0c… chunk 3/40 rows 128-191 · 64 prompts · smollm2`."""
     rows = f"{message.start}-{message.stop - 1}"
     return f"{message.batch_id[:14]}… chunk {message.number}/{message.of} rows {rows} · {message.stop - message.start} prompts · {message.model}"
@@ -189,6 +197,18 @@ def _send_lost(store: Store, broker: Broker, settings: Settings, model: str, *, 
     return _send(store, broker, model, limit=lost, grace_s=settings.requeue_grace_s)
 
 
+def _message(store: Store, ref: ChunkRef) -> ChunkMessage | ChunkRef:
+    """Return what to send for a chunk: a pointer where this release can't read its batch, which must not hold up the others."""
+    try:
+        return store.chunk_message(ref)
+    except (InvalidRequest, KeyError, TypeError, ValueError) as error:
+        log.warning(
+            "chunk %s can't be read by this release (%s); a pointer to it is sent, for a worker of another", ref.chunk_id, error,
+            extra={"event": "chunk_unreadable", "chunk_id": ref.chunk_id},
+        )  # fmt: skip
+        return ref
+
+
 def _send(store: Store, broker: Broker, model: str, *, limit: int, grace_s: float) -> int:
     sent = 0
     while sent < limit:
@@ -197,7 +217,7 @@ def _send(store: Store, broker: Broker, model: str, *, limit: int, grace_s: floa
         for place, ref in enumerate(refs):
             crash_point("before_send")
             try:
-                broker.enqueue(store.chunk_message(ref))
+                broker.enqueue(_message(store, ref))
             except NotFound:  # its batch was deleted meanwhile
                 continue
             except QueueUnavailable:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from celery import Celery
@@ -16,15 +17,15 @@ from celery.exceptions import Reject
 from headrace.broker import TASK_GENERATE, TASK_RECONCILE, describe
 from headrace.config import Prompt
 from headrace.crash import crash_point
-from headrace.errors import InvalidRequest
 from headrace.store import ChunkMessage, Claim
 from worker.outage import HEALS
+from worker.reading import read_chunk
 from worker.recorder import Ledger, Verdict
 from worker.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-_UNREADABLE: Final = "left to a worker of the release that sent it"
+_UNREADABLE: Final = "unreadable: left to a worker of another release, or given up"
 PROGRESS_S: Final = 2.0
 WRITE_PATIENCE_S: Final = 10.0
 Report = Callable[[str], None]
@@ -44,13 +45,10 @@ def register(app: Celery, runtime_of: Callable[[Celery], Runtime]) -> None:
     """Give `app` its tasks; `runtime_of` finds what the worker process holds. Names are wire format."""
 
     @app.task(name=TASK_GENERATE, bind=True, ignore_result=True, shared=False)
-    def generate(task: Any, chunk: Mapping[str, Any]) -> str:
-        def report(line: str) -> None:
-            # Flower shows the state PROGRESS with this result until the task ends.
-            task.send_event("task-progress", result=line)
-
-        message = _read(chunk)
-        return _UNREADABLE if message is None else generate_chunk(runtime_of(app), message, report)
+    def generate(task: Any, chunk: object = None) -> str:
+        work = runtime_of(app)
+        message = read_chunk(work, chunk)
+        return _UNREADABLE if message is None else generate_chunk(work, message, partial(_report, task))
 
     @app.task(name=TASK_RECONCILE, ignore_result=True, shared=False)
     def reconcile() -> str:
@@ -58,17 +56,12 @@ def register(app: Celery, runtime_of: Callable[[Celery], Runtime]) -> None:
         return "reconciled"
 
 
-def _read(chunk: Mapping[str, Any]) -> ChunkMessage | None:
-    """Return the message; None for one of another release that this one doesn't understand, as a rolling update brings."""
+def _report(task: Any, line: str) -> None:
+    """Show a line in Flower, as the result of the state PROGRESS, until the task ends; or don't, while Redis is away."""
     try:
-        return ChunkMessage.from_dict(chunk)
-    except (InvalidRequest, KeyError, TypeError) as error:
-        log.warning(
-            "a chunk message of another release can't be read (%s); it is sent again after its grace, until a worker of that release "
-            "has it: run the same release everywhere", error,
-            extra={"event": "chunk_unreadable", "chunk_id": str(chunk.get("chunk_id"))},
-        )  # fmt: skip
-        return None
+        task.send_event("task-progress", retry=False, result=line)
+    except Exception as error:  # whatever it is, a line for the eye must not cost the chunk its work
+        log.debug("no progress is shown: %s", error)
 
 
 def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:

@@ -122,6 +122,12 @@ def _ref(row: Row[Any]) -> ChunkRef:
     )
 
 
+def find(connection: Connection, chunk_id: str) -> ChunkRef | None:
+    """Return the chunk of this id; None: there is none."""
+    row = connection.execute(select(chunks).where(chunks.c.id == chunk_id)).first()
+    return None if row is None else _ref(row)
+
+
 def unsend(connection: Connection, chunk_ids: Sequence[str]) -> None:
     """Undo `next_refs` for chunks that could not be sent after all."""
     connection.execute(

@@ -262,6 +262,10 @@ class Store:
         """
         return self._database.read(lambda connection: chunks.count_in_flight(connection, model=model, grace_s=grace_s))
 
+    def find_chunk(self, chunk_id: str) -> ChunkRef | None:
+        """Return the chunk of this id; None: there is none."""
+        return self._database.read(lambda connection: chunks.find(connection, chunk_id))
+
     def chunk_message(self, ref: ChunkRef) -> ChunkMessage:
         """Return the payload of a chunk. Raises `NotFound` when its batch is gone."""
         return self._database.read(lambda connection: chunks.message(connection, ref))
