@@ -114,6 +114,18 @@ def test_a_black_hole_is_one_of_packets(proxy: Proxy) -> None:
     proxy.heal()
 
 
+def test_forgotten_connections_are_dead_and_new_ones_are_well(proxy: Proxy) -> None:
+    with connect(proxy, 0.3) as link, connect(proxy) as other:
+        ask(link, b"warm")
+        ask(other, b"warm")
+        assert proxy.forget() == 2
+        link.sendall(b"lost")
+        with pytest.raises(TimeoutError):
+            link.recv(4)
+        with connect(proxy) as fresh:
+            assert ask(fresh, b"well") == b"well"
+
+
 def test_a_close_that_comes_late(proxy: Proxy) -> None:
     proxy.close_delay_s = 0.3
     with connect(proxy) as link:

@@ -12,7 +12,10 @@ from worker_process import HeadraceProcess, wait_for
 TITLE = "a network that is slow, resets, swallows and closes late"
 DETECT_S = 26.0
 RESUME_S = 15.0
-NOTICED = {"redis": ("Connection to broker lost", "connection_dropped"), "postgres": ("store_retry", "store_outage")}
+NOTICED = {
+    "redis": ("Connection to broker lost", "connection_dropped", "chunks_wait", "chore_postponed] visibility"),
+    "postgres": ("store_retry", "store_outage"),
+}
 """What a worker's log says when it has found out that its connection leads nowhere."""
 
 
@@ -35,6 +38,8 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
             weather.late_closes(name, proxy, 40 if long else 1)
             for way in ("to_server", "both") if long else ():
                 counts[f"{name}_{way}_noticed_s"] = weather.black_hole(name, proxy, 60, way=way)
+            if long:
+                counts[f"{name}_forgotten_noticed_s"] = max(weather.forgotten(name, proxy) for _ in range(3))
             counts[f"{name}_slowest_resume_s"] = weather.slowest_resume_s
             weather.slowest_resume_s = 0.0
         if long:
@@ -115,6 +120,19 @@ class Weather:
         slowest_s = max(noticed.values())
         assert slowest_s <= DETECT_S, f"{name}, {way}: noticed after {slowest_s:.1f} s"
         return round(slowest_s, 1)
+
+    def forgotten(self, name: str, proxy: Proxy) -> float:
+        """Let every connection there is lead nowhere; return after how many seconds work goes on, over new ones."""
+        before, started = self.feed.claims(), time.monotonic()
+        assert proxy.forget() > 0
+        # More than were on their way already.
+        wait_for(
+            lambda: self.feed.tick() or self.feed.claims() >= before + 6, timeout_s=90, what="work goes on over new connections"
+        )
+        noticed_s = round(time.monotonic() - started, 1)
+        self._say(f"connections to {name} forgotten: work goes on after {noticed_s} s")
+        assert noticed_s <= DETECT_S, f"{name}: work went on after {noticed_s} s"
+        return noticed_s
 
     def _last(self, what: str, proxy: Proxy, seconds: float, also: Callable[[], None] = lambda: None) -> None:
         """Let the harm last, end it, and wait until work goes on."""

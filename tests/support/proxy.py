@@ -87,6 +87,20 @@ class Proxy:
         """Let packets of these directions vanish, those of connects too, until `heal`."""
         self._do(lambda: self._swallow(to_server=to_server, to_client=to_client))
 
+    def forget(self) -> int:
+        """Let the packets of the connections there are vanish for ever, as a gateway does that lost its table; return how many.
+
+        New connections are well.
+        """
+
+        def swallow() -> int:
+            for link in self._links:
+                _filter(link.client, drops=True)
+                _filter(link.server, drops=True)
+            return len(self._links)
+
+        return self._do(swallow)
+
     def heal(self) -> None:
         """End every harm: packets arrive again, with what was sent meanwhile."""
         self.latency_s = self.reset_share = self.close_delay_s = 0.0
