@@ -235,7 +235,7 @@ lanes = Table(
     Column("ended", Double, nullable=False, server_default=text("0")),
     # The `turn` of the batch that was served last, as it was then: a new batch begins here.
     Column("clock", Double, nullable=False, server_default=text("0")),
-    # Chunks of higher priorities that were sent while this one waited.
+    # Of a model's own row (`turns.GRACE_ROW`): chunks that went before lower priorities.
     Column("passed_over", Integer, nullable=False, server_default=text("0")),
 )
 

@@ -4,7 +4,7 @@ Sharing is start-time fair queueing on two levels. Time is counted in prompts: a
 its lane (an owner at one priority of one model) by 64 over the owner's weight; whoever stands lowest is served. Who was away
 begins where the others stand now, so that nobody saves up turns: a batch of ten prompts sent behind a million is served at once.
 
-A higher priority goes before a lower one, except that of `GRACE_OF` chunks one goes to the lane that waited longest below: a
+A higher priority goes before a lower one, except that of `GRACE_OF` chunks one goes to the priorities below, to each of them in turn: a
 stream of urgent batches slows the others down, and does not stop them.
 
 What is read is bounded whatever is queued: each distinct (priority, lane) is one step into `ix_batches_turn`, each batch that is
@@ -29,6 +29,9 @@ GRACE_OF: Final = 16
 """One chunk in so many goes to lower priorities while higher ones have work."""
 MOST_LANES: Final = 256
 """Lanes of one model that are looked at: the highest priorities. More would make each look slow."""
+GRACE_ROW: Final = -(2**31)
+"""The priority under which `lanes` keeps a model's count of chunks (`passed_over`) that went before lower priorities since one of them had
+the grace, and which one that was (`clock`)."""
 _LOCK_SPACE: Final = 0x7475726E  # "turn": apart from the locks of migrations and of admission
 
 # A skip scan: DISTINCT over the same rows would read every running batch.
@@ -55,7 +58,7 @@ WITH RECURSIVE found(id, priority, lane, place) AS (
     )
     WHERE found.place < :most
 )
-SELECT found.priority, found.lane, COALESCE(api_keys.weight, 1) AS weight, lanes.began, lanes.ended, lanes.clock, lanes.passed_over
+SELECT found.priority, found.lane, COALESCE(api_keys.weight, 1) AS weight, lanes.began, lanes.ended, lanes.clock
 FROM found
 LEFT JOIN api_keys ON api_keys.id = found.lane
 LEFT JOIN lanes ON lanes.model = :model AND lanes.priority = found.priority AND lanes.lane = found.lane
@@ -78,11 +81,11 @@ class _Lane:
 
     priority: int
     lane: str
-    weight: int
-    began: float
-    ended: float
-    clock: float
-    passed_over: int
+    weight: int = 1
+    began: float = 0.0
+    ended: float = 0.0
+    clock: float = 0.0
+    passed_over: int = 0
     # Filled by `_Picker.has_work`, by (turn, age); None: not looked at yet.
     waiting: list[tuple[float, float, str, _Batch]] | None = None
     is_changed: bool = False
@@ -96,6 +99,7 @@ class _Picker:
     model: str
     limit: int
     lanes: list[_Lane]
+    grace: _Lane
     began: dict[int, float]
     """The virtual time of each priority: where the chunk that was sent last began."""
     turns: dict[str, float] = field(default_factory=dict)
@@ -110,21 +114,32 @@ class _Picker:
 
     def next_lane(self) -> _Lane | None:
         """Return the lane whose turn it is; None when nobody has anything to send."""
-        top = next((lane for lane in self.lanes if self.has_work(lane)), None)
-        if top is None:
+        priorities = sorted({lane.priority for lane in self.lanes}, reverse=True)
+        for place, priority in enumerate(priorities):
+            if (top := self._first(priority)) is not None:
+                return self._below(priorities[place + 1 :]) or top
+        return None
+
+    def _below(self, priorities: Sequence[int]) -> _Lane | None:
+        """Return the lane that has the grace of a higher priority now; each of the lower `priorities` has it in turn."""
+        if not priorities:
             return None
-        below = [lane for lane in self.lanes if lane.priority < top.priority]
-        for lane in sorted(below, key=lambda lane: -lane.passed_over):
-            if lane.passed_over < (GRACE_OF - 1) * len(below):
-                break
-            if self.has_work(lane):
+        grace = self.grace
+        grace.is_changed = True
+        if grace.passed_over < GRACE_OF - 1:
+            grace.passed_over += 1
+            return None
+        grace.passed_over = 0
+        for priority in sorted(priorities, key=lambda lower: (lower >= grace.clock, -lower)):
+            if (lane := self._first(priority)) is not None:
+                grace.clock = priority
                 return lane
-            lane.passed_over = 0
-        for lane in below:
-            lane.passed_over += 1
-            lane.is_changed = True
-        equals = [lane for lane in self.lanes if lane.priority == top.priority and self.has_work(lane)]
-        return min(equals, key=lambda lane: (self._start(lane), lane.lane))
+        return None
+
+    def _first(self, priority: int) -> _Lane | None:
+        equals = (lane for lane in self.lanes if lane.priority == priority)
+        # In the order of their turn, so that most lanes are not looked into.
+        return next(filter(self.has_work, sorted(equals, key=lambda lane: (self._start(lane), lane.lane))), None)
 
     def _start(self, lane: _Lane) -> float:
         return max(lane.ended, self.began.get(lane.priority, 0.0))
@@ -142,7 +157,7 @@ class _Picker:
         cost = chunk.stop - chunk.start
         lane.began = self._start(lane)
         lane.ended = lane.began + cost / lane.weight
-        lane.clock, lane.passed_over, lane.is_changed = turn, 0, True
+        lane.clock, lane.is_changed = turn, True
         self.began[lane.priority] = lane.began
         self.turns[batch_id] = turn + cost
         if batch.chunks:
@@ -158,9 +173,8 @@ class _Picker:
                 statement, [{"batch": batch_id, "reached": turn} for batch_id, turn in sorted(self.turns.items())]
             )
         names = ("priority", "lane", "began", "ended", "clock", "passed_over")
-        rows = [
-            {"model": self.model, **{name: getattr(lane, name) for name in names}} for lane in self.lanes if lane.is_changed
-        ]
+        changed = [lane for lane in (*self.lanes, self.grace) if lane.is_changed]
+        rows = [{"model": self.model, **{name: getattr(lane, name) for name in names}} for lane in changed]
         if rows:
             self.connection.execute(_upsert(self.connection), rows)
 
@@ -179,12 +193,13 @@ def pick(connection: Connection, *, model: str, limit: int) -> list[str]:
         .where(lanes.c.model == model)
         .group_by(lanes.c.priority)
     )
+    last = connection.execute(
+        select(lanes.c.clock, lanes.c.passed_over).where(lanes.c.model == model, lanes.c.priority == GRACE_ROW)
+    ).first()
     picker = _Picker(
         connection, model, limit,
-        [
-            _Lane(row.priority, row.lane, row.weight, row.began or 0.0, row.ended or 0.0, row.clock or 0.0, row.passed_over or 0)
-            for row in known
-        ],
+        [_Lane(row.priority, row.lane, row.weight, row.began or 0.0, row.ended or 0.0, row.clock or 0.0) for row in known],
+        _Lane(GRACE_ROW, "") if last is None else _Lane(GRACE_ROW, "", clock=last.clock, passed_over=last.passed_over),
         {row.priority: row.began for row in connection.execute(began)},
     )  # fmt: skip
     picked: list[Row[Any]] = []
@@ -206,7 +221,7 @@ def forget_idle(connection: Connection) -> int:
         RUNNING, batches.c.model == lanes.c.model, batches.c.priority == lanes.c.priority, batches.c.lane == lanes.c.lane
     )
     key = (lanes.c.model, lanes.c.priority, lanes.c.lane)
-    idle = select(*key).where(~is_used).with_for_update(skip_locked=True)
+    idle = select(*key).where(~is_used, lanes.c.priority != GRACE_ROW).with_for_update(skip_locked=True)
     found = [tuple(row) for row in connection.execute(idle.limit(500))]
     return connection.execute(delete(lanes).where(tuple_(*key).in_(found))).rowcount if found else 0
 
