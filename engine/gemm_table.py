@@ -15,17 +15,18 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.models.decoder import ROW_BUCKETS, Decoder, Layer
 from engine.models.residual import FewRows, ManyRows, Residual
+from engine.models.spec import ModelSpec
 from kernels import skinny_gemm
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ _BYTES_TIMED = 1 << 29
 _REPEATS = 5
 _lock = threading.Lock()
 
+Prepared = Sequence[Future[None]]
+"""Kernels that are being compiled."""
+
 
 class Times(NamedTuple):
     """Microseconds of a layer's GEMMs, with what stands between them except attention."""
@@ -45,15 +49,64 @@ class Times(NamedTuple):
     ours: float
 
 
-def with_table(decoder: Decoder, *, path: Path | None = None) -> Decoder:
+def prepare(spec: ModelSpec, *, ranks: int, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """Start to compile what `with_table` times, beside the thread that loads the weights: together they cost less than one by one.
+
+    `spec` is this rank's share, one of `ranks`.
+    """
+    if device.type != "cuda" or ranks > 1:
+        return ()
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    around = {"norm": False, "gated": False, "bias": False, "residual": False}
+    layers = (
+        {
+            **around,
+            "width": heads + 2 * spec.num_kv_heads * spec.head_dim,
+            "inner": hidden,
+            "norm": True,
+            "bias": spec.qkv_bias,
+        },
+        {**around, "width": hidden, "inner": heads, "residual": True, "bias": spec.output_bias},
+        {**around, "width": spec.intermediate_size, "inner": hidden, "norm": True, "gated": True, "bias": spec.mlp_bias},
+        {**around, "width": hidden, "inner": spec.intermediate_size, "residual": True, "bias": spec.mlp_bias},
+    )
+
+    def compiled(rows: int, layer: dict[str, Any]) -> None:
+        with torch.cuda.device(device), torch.inference_mode():
+            skinny_gemm.prepare(rows=rows, dtype=dtype, device=device, **layer)
+
+    pool = ThreadPoolExecutor(4, thread_name_prefix="compile")
+    futures = tuple(pool.submit(compiled, rows, layer) for rows in ROW_BUCKETS for layer in layers)
+    pool.shutdown(wait=False)
+    return futures
+
+
+def with_table(decoder: Decoder, prepared: Prepared = (), *, path: Path | None = None) -> Decoder:
     """Return the decoder with the row buckets filled in that our kernels serve faster; measure them first if nobody has.
 
-    On a CPU, on several ranks and for repacked weights it stays as it is. `path`: another file than the user's.
+    On a CPU, on several ranks, for repacked weights, and where Triton can't compile our kernels it stays as it is. `prepared`:
+    what is compiled meanwhile. `path`: another file than the user's.
     """
     buckets = servable(decoder)
     if decoder.norm_D.device.type != "cuda" or not buckets:
         return decoder
-    path = path or table_path()
+    from triton.errors import TritonError  # a host without a GPU needs no Triton
+
+    try:
+        for kernel in prepared:
+            kernel.result()
+        return replace(decoder, few_rows=faster(_times(decoder, buckets, path or table_path())))
+    except TritonError as error:
+        log.warning(
+            "our GEMMs of few rows don't run on this GPU; cuBLAS serves every step: %s",
+            error,
+            extra={"event": "gemms_unavailable", "error": str(error)[:500]},
+        )
+        return decoder
+
+
+def _times(decoder: Decoder, buckets: Sequence[int], path: Path) -> dict[int, Times]:
+    """Read the table, and measure and write what it doesn't hold."""
     key = table_key(decoder)
     with _lock:
         times = read_times(path, key)
@@ -61,7 +114,7 @@ def with_table(decoder: Decoder, *, path: Path | None = None) -> Decoder:
             with torch.cuda.device(decoder.norm_D.device), torch.inference_mode():
                 times = measure(decoder, buckets)
             write_times(path, key, times)
-    return replace(decoder, few_rows=faster(times))
+    return times
 
 
 def faster(times: dict[int, Times]) -> frozenset[int]:
@@ -127,9 +180,8 @@ def write_times(path: Path, key: str, times: dict[int, Times]) -> None:
 
 
 def measure(decoder: Decoder, buckets: Sequence[int]) -> dict[int, Times]:
-    """Time both ways for a full bucket of rows each. On the decoder's device; the kernels are compiled before, many at a time."""
+    """Time both ways for a full bucket of rows each, on the current device, which is the decoder's."""
     layers, eps = _some(decoder.layers), decoder.spec.norm_eps
-    _compile(decoder, buckets)
     times: dict[int, Times] = {}
     for rows in buckets:
         x_TD = _rows_of(decoder, rows, decoder.spec.hidden_size)
@@ -161,26 +213,6 @@ def _layers(
         stream.add(layer.output, stream.read(layer.qkv, layer.input_norm_D)[:, :width])
         stream.add(layer.down, stream.read(layer.gate_up, layer.mlp_norm_D, gated=True))
     return stream.normed(decoder.norm_D)
-
-
-def _compile(decoder: Decoder, buckets: Sequence[int]) -> None:
-    """Make every kernel that a bucket asks for, side by side: one after the other they would take seconds."""
-    layer, device = decoder.layers[0], decoder.norm_D.device
-    calls: list[Callable[[], object]] = []
-    for rows in buckets:
-        stream = FewRows(_rows_of(decoder, rows, decoder.spec.hidden_size), decoder.spec.norm_eps)
-        inner_TF = _rows_of(decoder, rows, layer.down.weight.plain.shape[1])
-        calls.append(partial(stream.read, layer.qkv, layer.input_norm_D))
-        calls.append(partial(stream.read, layer.gate_up, layer.mlp_norm_D, gated=True))
-        calls.append(partial(stream.add, layer.down, inner_TF))
-
-    def on_device(call: Callable[[], object]) -> None:
-        with torch.cuda.device(device), torch.inference_mode():
-            call()
-
-    with ThreadPoolExecutor(8, thread_name_prefix="compile") as pool:
-        list(pool.map(on_device, calls))
-    torch.cuda.synchronize(device)
 
 
 def _time(run: Callable[[], Tensor]) -> float:

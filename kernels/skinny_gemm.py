@@ -6,6 +6,7 @@ moves. Knows nothing of layers, nor when another GEMM would be faster (`engine.g
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import reference_linear
@@ -42,3 +43,35 @@ def serves(rows: int, weight_OI: Tensor) -> bool:
 
         return gpu.serves(rows, weight_OI)
     return True
+
+
+def prepare(
+    *,
+    rows: int,
+    width: int,
+    inner: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    norm: bool,
+    gated: bool,
+    bias: bool,
+    residual: bool,
+) -> None:
+    """Compile what `skinny_linear` launches for `rows` rows of a layer [width (of each half where gated), inner], if it serves them.
+
+    For a thread beside the one that loads the weights. Nothing on a CPU.
+    """
+    if device.type == "cuda":
+        from kernels.gpu import skinny_gemm as gpu
+
+        gpu.prepare(
+            rows=rows,
+            width=width,
+            inner=inner,
+            dtype=dtype,
+            device=device,
+            norm=norm,
+            gated=gated,
+            bias=bias,
+            residual=residual,
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.gemm_table import with_table
+from engine import gemm_table
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
 from engine.layers.matrix import Matrix
@@ -26,13 +26,15 @@ def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group:
     """Read this rank's share of the model in `path`. Raise `ModelLoadError` or `InvalidRequest` (param 'tp')."""
     whole = ModelSpec.read(read_config(path))
     spec = whole.shard(group.size)
+    prepared = gemm_table.prepare(spec, ranks=group.size, dtype=dtype, device=device)
     with open_checkpoint(path, dtype=dtype, device=device) as checkpoint:
         loader = _Loader(whole, checkpoint, group)
         embedding, head = loader.ends()
         layers = tuple(loader.layer(index) for index in range(spec.num_layers))
         norm_D = loader.vector("model.norm.weight", spec.hidden_size)
     table_MH = cos_sin_table(spec.rope, head_dim=spec.head_dim, positions=max_positions, device=device)
-    return with_table(Decoder(spec=spec, embedding=embedding, layers=layers, norm_D=norm_D, head=head, cos_sin_MH=table_MH))
+    decoder = Decoder(spec=spec, embedding=embedding, layers=layers, norm_D=norm_D, head=head, cos_sin_MH=table_MH)
+    return gemm_table.with_table(decoder, prepared)
 
 
 class _Loader:

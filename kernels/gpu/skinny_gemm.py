@@ -204,8 +204,12 @@ def _fits_dot(inner: int, itemsize: int) -> bool:
 
 def serves(rows: int, weight_OI: Tensor) -> bool:
     """See `kernels.skinny_gemm.serves`."""
-    inner, itemsize = weight_OI.shape[1], weight_OI.element_size()
-    if not weight_OI.is_contiguous() or weight_OI.data_ptr() % 16 or inner * itemsize % 16:
+    aligned = weight_OI.is_contiguous() and weight_OI.data_ptr() % 16 == 0
+    return aligned and _serves(rows, weight_OI.shape[1], weight_OI.element_size())
+
+
+def _serves(rows: int, inner: int, itemsize: int) -> bool:
+    if inner * itemsize % 16:
         return False
     return rows <= _STREAM_ROWS or (rows <= MAX_ROWS and _fits_dot(inner, itemsize))
 
@@ -245,3 +249,38 @@ def skinny_linear(
             x_TI, weight_OI, bias_O, norm_I, out_TO, out_TO, *sizes, eps, ROWS=rows, VEC=vector, NORM=norm_I is not None, **flags
         )  # fmt: skip
     return out_TO
+
+
+def prepare(
+    *,
+    rows: int,
+    width: int,
+    inner: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    norm: bool,
+    gated: bool,
+    bias: bool,
+    residual: bool,
+) -> None:
+    """See `kernels.skinny_gemm.prepare`."""
+    if not _serves(rows, inner, dtype.itemsize):
+        return
+    shape = choose_shape(rows=rows, width=width, inner=inner, itemsize=dtype.itemsize)
+    # A launch is compiled for types, alignment and shape: a small layer of the same kind does for the real one.
+    small = 256 if inner % 256 == 0 else inner
+    outputs = 128 if gated else 64
+
+    def fake(*size: int) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    skinny_linear(
+        fake(rows, small),
+        fake(outputs, small),
+        fake(outputs) if bias else None,
+        norm_I=fake(small) if norm and not shape.dot else None,
+        eps=1e-6,
+        residual_TO=fake(rows, 64) if residual else None,
+        gated=gated,
+        shape=shape,
+    )

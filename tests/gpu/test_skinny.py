@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -48,3 +51,20 @@ def test_a_chain_gives_what_its_kernels_give_one_by_one(rows: int) -> None:
     for _ in range(4):
         graph.replay()
         assert torch.equal(out, expected)
+
+
+def test_a_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine import gemm_table
+    from engine.models.loading import load_decoder
+    from engine.parallel import SingleRank
+
+    monkeypatch.setenv("HEADRACE_HOME", str(tmp_path / "home"))
+    path = save_tiny_model(tmp_path / "llama", "llama", head_dim=64, hidden_size=256, intermediate_size=512)
+    load = {"dtype": torch.bfloat16, "device": torch.device("cuda", 0), "group": SingleRank(), "max_positions": 64}
+    first = load_decoder(path, **load)
+    written = gemm_table.table_path().read_text()
+    times = gemm_table.read_times(gemm_table.table_path(), gemm_table.table_key(first))
+    assert set(times) == set(gemm_table.servable(first)) == {1, 2, 16, 32, 64}
+    assert first.few_rows == gemm_table.faster(times)
+    assert load_decoder(path, **load).few_rows == first.few_rows
+    assert gemm_table.table_path().read_text() == written

@@ -78,3 +78,37 @@ def test_few_rows_stay_in_registers_and_more_go_to_the_tensor_cores() -> None:
     (norm, launch, *_) = launches(90, 64)
     assert norm.name == "_rms_norm_kernel"
     assert "wgmma.mma_async" in compile_for(launch, 90).asm["ptx"]
+
+
+def _compiled_as(launch: Launch) -> tuple[object, ...]:
+    """What a launch is compiled for: types, constants, and which integers Triton knows to be multiples of 16."""
+    known: list[object] = []
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            known.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif parameter.is_constexpr or value is None or isinstance(value, float):
+            known.append(value if parameter.is_constexpr else type(value))
+        else:
+            known.append(None if parameter.do_not_specialize else (value == 1, value % 16 == 0))
+    return (launch.name, *known, *sorted(launch.options.items()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "inner"), [*((rows, 512, 1792) for rows in (1, 2, 16, 32, 64)), (1, 576, 1536), (2, 576, 1536)]
+)
+def test_what_is_prepared_is_what_a_model_launches(rows: int, hidden: int, inner: int) -> None:
+    """A kernel that was prepared for nothing would be compiled while the weights wait."""
+    dtype, device = torch.bfloat16, torch.device("cpu")
+    weights = {"gated": torch.zeros(2 * inner, hidden, dtype=dtype), "added": torch.zeros(hidden, inner, dtype=dtype)}
+    x, h = torch.zeros(rows, hidden, dtype=dtype), torch.zeros(rows, inner, dtype=dtype)
+    with recorded() as real:
+        skinny_gemm.skinny_linear(x, weights["gated"], x[0], norm_I=x[0], eps=1e-6, residual_TO=None, gated=True)
+        skinny_gemm.skinny_linear(h, weights["added"], None, norm_I=None, eps=0.0, residual_TO=x, gated=False)
+    layer = {"rows": rows, "dtype": dtype, "device": device}
+    with recorded() as prepared:
+        skinny_gemm.prepare(**layer, width=inner, inner=hidden, norm=True, gated=True, bias=True, residual=False)
+        skinny_gemm.prepare(**layer, width=hidden, inner=inner, norm=False, gated=False, bias=False, residual=True)
+    wanted = [_compiled_as(launch) for launch in real if launch.name != "_rms_norm_kernel"]
+    assert [_compiled_as(launch) for launch in prepared] == wanted
+    assert len(wanted) == 2
