@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -70,7 +71,10 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         watch.lap("kv_pool")
     slots = options.max_batch_size
     table = StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device)
+    free = kv_cache.free_memory(device)
     forward = _forward(options, decoder, caches, table)
+    if device.type == "cuda":
+        memory = replace(memory, graphs=max(0, free - kv_cache.free_memory(device)))
     watch.lap("graphs")
     runner = Runner(
         forward=forward,

@@ -39,6 +39,8 @@ class MemoryReport:
     kv_block: int
     num_blocks: int
     free_before_pool: int
+    graphs: int = 0
+    """What capturing the decode graphs took, measured behind the pool; 0 where there are none."""
 
 
 def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype) -> int:

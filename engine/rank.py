@@ -138,23 +138,26 @@ def run(pipe: ParentPipe) -> None:
     if not isinstance(start, Start):
         raise EngineError(f"the first message must be Start, not {type(start).__name__}")
     configure(start.log_level, style="json", stream=sys.stderr)
+    begin = time.perf_counter()
     from engine.options import EngineOptions  # torch and all that is loaded only now, when stdout is out of its reach
 
     options = EngineOptions.from_dict(start.options)
     _share_cores(options)
     if start.rank == 0:
-        _run_engine(options, pipe)
+        _run_engine(options, pipe, begin)
     else:
         from engine.executor import serve_rank
 
         serve_rank(options, start.rank, start.size, start.rendezvous)
 
 
-def _run_engine(options: EngineOptions, pipe: ParentPipe) -> None:
+def _run_engine(options: EngineOptions, pipe: ParentPipe, begin: float) -> None:
+    """`begin`: when the imports did, as `time.perf_counter` says it."""
     from engine.engine import Engine
     from engine.executor import make_executor
     from engine.guidance import Guides
 
+    imported = time.perf_counter() - begin
     rendezvous = None
     if options.tp > 1:
         from engine.parallel import Rendezvous
@@ -167,7 +170,9 @@ def _run_engine(options: EngineOptions, pipe: ParentPipe) -> None:
         # What is there now stays for good; scanning a model's objects again and again costs pauses of many milliseconds.
         gc.collect()
         gc.freeze()
-        facts: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "tp": options.tp, **executor.report()}
+        report = executor.report()
+        report["ready_s"] = {"import": round(imported, 3), **report["ready_s"]}
+        facts: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "tp": options.tp, **report}
         pipe.send(Ready(options.session_len, facts))
         serve(engine, pipe)
     finally:
