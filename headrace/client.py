@@ -140,11 +140,14 @@ class Client:
 
     def file_content(self, file_id: str) -> Iterator[str]:
         """Yield the lines of a file, such as a batch's `output_file_id`, in constant memory. Raises `NotFound`."""
-        with self._http.stream("GET", f"/v1/files/{file_id}/content") as response:
-            if response.is_error:
-                response.read()
-                raise error_of(response)
-            yield from response.iter_lines()
+        try:
+            with self._http.stream("GET", f"/v1/files/{file_id}/content") as response:
+                if response.is_error:
+                    response.read()
+                    raise error_of(response)
+                yield from response.iter_lines()
+        except httpx.TransportError as error:
+            raise _unreachable(error) from error
 
     def get(self, batch_id: str) -> Batch:
         """Return the batch as it stands now. Raises `NotFound`."""

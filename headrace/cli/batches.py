@@ -7,13 +7,13 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.batch import Batch
-from headrace.cli import console, options
+from headrace.cli import batch_files, console, options
 from headrace.completion import CompletionError
 from headrace.dataset import Row, read_rows
 from headrace.errors import InvalidRequest
@@ -29,7 +29,12 @@ MAX_SHOWN = 5
 def add_commands(commands: Any) -> None:
     """Add the four commands."""
     submit = commands.add_parser("submit", help="send a JSONL file (or --prompt) to a running server as one batch")
-    submit.add_argument("input", nargs="?", type=Path, help="JSONL file: strings, or objects with prompt or messages")
+    submit.add_argument(
+        "input",
+        nargs="?",
+        type=Path,
+        help="JSONL file: strings, objects with prompt or messages, or OpenAI's batch format; a large one is uploaded",
+    )
     submit.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     submit.add_argument("--model", help="default: the server's first")
     options.add_gen_config(submit)
@@ -80,6 +85,8 @@ def run_submit(arguments: argparse.Namespace) -> int:
             "-o needs --wait: without it the answers are not there yet (later: headrace results BATCH_ID -o FILE)", param="-o"
         )
     options.check_output(arguments.output, source=arguments.input)
+    if arguments.input and (endpoint := batch_files.endpoint_of(arguments.input)) is not None:
+        return _submit_file(arguments, endpoint)
     rows = [*(read_rows(arguments.input) if arguments.input else ()), *_typed(arguments.prompt)]
     if not rows:
         raise InvalidRequest("there is nothing to send: name a JSONL file or give --prompt", param="input")
@@ -100,6 +107,21 @@ def run_submit(arguments: argparse.Namespace) -> int:
         batch = wait_with_progress(client, batch)
         if arguments.output:
             write_results(arguments.output, client.results(batch.id), [row.custom_id for row in rows])
+        show_batch(batch, as_json=arguments.json)
+        return exit_code(batch)
+
+
+def _submit_file(arguments: argparse.Namespace, endpoint: str) -> int:
+    with client_of(arguments) as client:
+        batch = batch_files.submit(client, arguments, endpoint)
+        if not arguments.wait:
+            show_batch(batch, as_json=arguments.json)
+            return 0
+        console.say(batch.id)
+        batch = wait_with_progress(client, batch)
+        # Nothing of a file that is wrong as a whole was answered.
+        if arguments.output and batch.counts.total:
+            write_lines(arguments.output, batch_files.lines_of(client, batch, arguments.input))
         show_batch(batch, as_json=arguments.json)
         return exit_code(batch)
 
@@ -171,7 +193,7 @@ def wait_with_progress(client: Client, batch: Batch) -> Batch:
             rate = "" if batch.tokens_per_second is None else f"{batch.tokens_per_second:.0f} tok/s · "
             failed = f"{batch.counts.failed} failed · " if batch.counts.failed else ""
             left = f"{console.seconds(batch.eta_s)} left" if batch.eta_s else str(batch.status)
-            bar.update(batch.counts.done, note=f"{rate}{failed}{left}")
+            bar.update(batch.counts.done, total=batch.counts.total, note=f"{rate}{failed}{left}")
             if batch.status.is_terminal:
                 return batch
             time.sleep(1.0)
@@ -179,14 +201,23 @@ def wait_with_progress(client: Client, batch: Batch) -> Batch:
 
 
 def write_results(path: Path, completions: Iterable[Completion], custom_ids: Sequence[str | None] = ()) -> int:
-    """Write the rows in one piece and return how many; a file that is there stays as it was until the last row is written."""
+    """Write the rows as `write_lines` does."""
+
+    def line(completion: Completion) -> str:
+        custom_id = custom_ids[completion.index] if completion.index < len(custom_ids) else None
+        return json.dumps(output_row(completion, custom_id), ensure_ascii=False)
+
+    return write_lines(path, map(line, completions))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write the lines in one piece and return how many; a file that is there stays as it was until the last line is written."""
     scratch = path.with_name(f".{path.name}.tmp")
     count = 0
     try:
         with scratch.open("w", encoding="utf-8") as file:
-            for completion in completions:
-                custom_id = custom_ids[completion.index] if completion.index < len(custom_ids) else None
-                file.write(json.dumps(output_row(completion, custom_id), ensure_ascii=False) + "\n")
+            for line in lines:
+                file.write(line + "\n")
                 count += 1
         scratch.replace(path)
     finally:
@@ -220,8 +251,15 @@ def show_batch(batch: Batch, *, as_json: bool) -> None:
     ]
     if batch.eta_s and not batch.status.is_terminal:
         rows.append(("left", console.seconds(batch.eta_s)))
-    rows += [("error", str(error.get("message"))) for error in batch.errors]
+    rows += [("error", _told(error)) for error in batch.errors[:MAX_SHOWN]]
+    if len(batch.errors) > MAX_SHOWN:
+        rows.append(("error", f"and {len(batch.errors) - MAX_SHOWN} more (--json shows them)"))
     console.out("\n".join(f"{name:8} {value}" for name, value in rows if value))
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    place = "" if error.get("line") is None else f"line {error['line']}: "
+    return f"{place}{error.get('message')}"
 
 
 def exit_code(batch: Batch) -> int:
