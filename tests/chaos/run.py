@@ -1,6 +1,7 @@
 """The long form of the chaos test: a storm of random faults over many prompts.
 
     python tests/chaos/run.py --faults 200 --prompts 20000 --seed 1 [--database sqlite] [--record]
+    python tests/chaos/run.py --engine tiny --workers 2 --faults 40 --prompts 4000 --gap-s 3 --seed 1
 
 Prints each fault as it falls and one JSON line with the counts; exit status 1 when a row was lost, doubled or differs. The folder
 with every process's log stays behind then. `--record` appends the line to benchmarks/results/chaos.jsonl.
@@ -33,6 +34,9 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--database", choices=("postgres", "sqlite"), default="postgres")
+    parser.add_argument(
+        "--engine", choices=("echo", "tiny"), default="echo", help="tiny: the real engine, whose process is killed too"
+    )
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--pause-s", type=float, default=1.0)
     parser.add_argument("--gap-s", type=float, default=1.0)
@@ -42,7 +46,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="headrace-chaos-"))
     folder.chmod(0o711)  # PostgreSQL may run as another user
     print(f"seed {asked.seed}, logs in {folder}", flush=True)
-    with Storm(folder, database=asked.database, seed=asked.seed, workers=asked.workers, pause_s=asked.pause_s) as storm:
+    with Storm(
+        folder, database=asked.database, seed=asked.seed, workers=asked.workers, pause_s=asked.pause_s, engine=asked.engine
+    ) as storm:
         try:
             counts = storm.run(prompts=asked.prompts, faults=asked.faults, batch_size=asked.batch_size, gap_s=asked.gap_s)
         except AssertionError as error:
@@ -51,7 +57,6 @@ def main() -> int:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     line = json.dumps(
         {
-            "engine": "echo",
             "workload": f"{asked.prompts} prompts, {asked.faults} faults",
             **counts,
             "device": f"{os.cpu_count()} CPU {platform.machine()}",

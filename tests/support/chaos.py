@@ -22,12 +22,16 @@ from typing import Any, Self
 import psutil
 import redis
 from chaos_faults import FAULTS, Fault
-from chaos_stage import MODEL, Stage
+from chaos_stage import Stage
+from worker_process import wait_for
 
 from headrace.batch import Batch, BatchStatus
 from headrace.completion import Completion
 from headrace.config import GenerationConfig
 from headrace.errors import HeadraceError
+
+WISH = GenerationConfig(max_new_tokens=12, ignore_eos=True, random_seed=7)
+"""With a seed of its own: what is drawn doesn't depend on the batch's id, which is another one in the storm."""
 
 
 @dataclass
@@ -69,12 +73,21 @@ def make_jobs(draw: random.Random, total: int, *, size: int) -> list[Job]:
 class Storm:
     """Used as a context manager; `run` returns the counts and raises AssertionError where the promise was broken."""
 
-    def __init__(self, folder: Path, *, seed: int, database: str = "postgres", workers: int = 3, pause_s: float = 1.0) -> None:
-        """`pause_s`: how long the echo engine takes for a prompt."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        database: str = "postgres",
+        workers: int = 3,
+        pause_s: float = 1.0,
+        engine: str = "echo",
+    ) -> None:
+        """`engine`: 'echo', which takes `pause_s` for a prompt, or 'tiny', the real one on a tiny model."""
         self.draw = random.Random(seed)
         self.counts: Counter[str] = Counter()
-        self._about = {"seed": seed, "database": database, "workers": workers}
-        self._stage = Stage(folder, database=database, draw=self.draw, workers=workers, pause_s=pause_s)
+        self._about = {"engine": engine, "seed": seed, "database": database, "workers": workers}
+        self._stage = Stage(folder, database=database, draw=self.draw, workers=workers, pause_s=pause_s, engine=engine)
         self._deck: list[Fault] = []
         self._jobs: list[Job] = []
 
@@ -93,6 +106,7 @@ class Storm:
             job.may_be_cancelled = True
         started = time.monotonic()
         self._stage.start_workers()
+        wait_for(self._stage.pick_worker, timeout_s=120, what="a worker is up")
         self._weather(faults=faults, prompts=prompts, gap_s=gap_s)
         stormy_s = time.monotonic() - started
         self._calm_down(patience_s)
@@ -107,8 +121,8 @@ class Storm:
         """Let one undisturbed worker answer everything: what the storm's rows are compared with."""
         service = self._stage.service
         with service.worker() as worker:
-            service.ready(worker)
-            ids = [self._stage.client.submit(job.prompts).id for job in self._jobs]
+            service.ready(worker, timeout_s=120)
+            ids = [self._stage.client.submit(job.prompts, WISH).id for job in self._jobs]
             for job, batch_id in zip(self._jobs, ids, strict=True):
                 service.wait_over(batch_id, worker, timeout_s=300)
                 job.wanted = service.assert_exactly_once(batch_id, len(job.prompts))
@@ -151,7 +165,7 @@ class Storm:
 
     def _submit(self, job: Job) -> None:
         submit = self._stage.client.submit
-        job.reply = self._stage.senders.submit(submit, job.prompts, GenerationConfig(), priority=job.priority)
+        job.reply = self._stage.senders.submit(submit, job.prompts, WISH, priority=job.priority)
 
     def _look(self) -> int:
         """Return how many rows there are, as far as the database can be asked."""
@@ -194,15 +208,19 @@ class Storm:
                 computed += bool(job.prompts[row.index])
             total += len(rows)
             cancelled += was_cancelled
-        assert self._stage.service.store.count_in_flight(model=MODEL) == 0
+        assert self._stage.service.store.count_in_flight(model=self._stage.settings.model) == 0
+        counts = {"rows": total, "lost": 0, "doubled": 0, "batches_cancelled": cancelled}
+        if self._stage.engine != "echo":  # the real one keeps no tally
+            return counts
         marks = Counter(self._stage.tally.read_bytes())
         return {
-            "rows": total, "lost": 0, "doubled": 0, "batches_cancelled": cancelled,
+            **counts,
             "answered_again_pct": round(100 * (marks[ord("a")] / computed - 1), 2),
             "started_again_pct": round(100 * (marks[ord("s")] / computed - 1), 2),
-        }  # fmt: skip
+        }
 
 
 def _substance(row: Completion) -> Completion:
-    """Return the row without what differs from run to run."""
-    return dataclasses.replace(row, queue_ms=0.0, run_ms=0.0, attempts=0)
+    """Return the row without what differs from run to run: times, and what was found in a cache."""
+    usage = dataclasses.replace(row.usage, cached_tokens=0)
+    return dataclasses.replace(row, usage=usage, queue_ms=0.0, run_ms=0.0, attempts=0)

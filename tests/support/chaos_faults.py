@@ -13,15 +13,13 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from chaos_stage import CHUNK, MODEL, Stage
+from chaos_stage import CHUNK, Stage
 from servers import PostgresServer, RedisServer
 from worker_process import HeadraceProcess
 
 from headrace.broker import KEY_PREFIX, queue_name
 from headrace.errors import Conflict
 from headrace.store import ChunkRef
-
-QUEUE = KEY_PREFIX + queue_name(MODEL)
 
 
 class Target(Protocol):
@@ -33,6 +31,10 @@ class Target(Protocol):
 
     @property
     def batch_id(self) -> str | None: ...
+
+
+def _queue(stage: Stage) -> str:
+    return KEY_PREFIX + queue_name(stage.settings.model)
 
 
 Fault = Callable[[Stage, Sequence[Target]], bool]
@@ -57,7 +59,16 @@ def worker_sigterm(stage: Stage, jobs: Sequence[Target]) -> bool:
 
 def engine_lost(stage: Stage, jobs: Sequence[Target]) -> bool:
     """The engine is given up: its worker hands its chunks back and ends."""
-    return _end_worker(stage, lambda worker: os.kill(worker.pid, signal.SIGUSR2))
+    return stage.engine == "echo" and _end_worker(stage, lambda worker: os.kill(worker.pid, signal.SIGUSR2))
+
+
+def engine_kill9(stage: Stage, jobs: Sequence[Target]) -> bool:
+    """The real engine's process is killed; its worker stays and starts another one."""
+    worker = stage.pick_worker() if stage.engine == "tiny" else None
+    ranks = [] if worker is None else [child for child in worker.children() if "engine.rank" in child.cmdline()]
+    for rank in ranks:
+        rank.kill()
+    return bool(ranks)
 
 
 def worker_freeze(stage: Stage, jobs: Sequence[Target]) -> bool:
@@ -116,14 +127,14 @@ def redis_cut(stage: Stage, jobs: Sequence[Target]) -> bool:
 
 def messages_dropped(stage: Stage, jobs: Sequence[Target]) -> bool:
     with stage.link() as link:
-        return bool(link.rpop(QUEUE, stage.draw.randrange(1, 9)))
+        return bool(link.rpop(_queue(stage), stage.draw.randrange(1, 9)))
 
 
 def messages_doubled(stage: Stage, jobs: Sequence[Target]) -> bool:
     """Each of some messages that wait is there three times."""
     with stage.link() as link:
-        copies = link.lrange(QUEUE, 0, stage.draw.randrange(8))
-        return bool(copies) and link.lpush(QUEUE, *copies, *copies) > 0
+        copies = link.lrange(_queue(stage), 0, stage.draw.randrange(8))
+        return bool(copies) and link.lpush(_queue(stage), *copies, *copies) > 0
 
 
 def messages_forgotten(stage: Stage, jobs: Sequence[Target]) -> bool:
@@ -143,7 +154,7 @@ def message_from_nowhere(stage: Stage, jobs: Sequence[Target]) -> bool:
     batch_id = str(job.batch_id)
     ref = ChunkRef(
         chunk_id=f"{batch_id.replace('batch_', 'chunk_', 1)}_{number + 1:07d}", batch_id=batch_id, number=number + 1, of=count,
-        start=number * CHUNK, stop=min(len(job.prompts), (number + 1) * CHUNK), model=MODEL,
+        start=number * CHUNK, stop=min(len(job.prompts), (number + 1) * CHUNK), model=stage.settings.model,
     )  # fmt: skip
     with stage.link() as link:
         link.ping()  # a frozen Redis would hold up this thread, which is the one that thaws it
@@ -203,10 +214,10 @@ def batch_cancelled(stage: Stage, jobs: Sequence[Target]) -> bool:
 
 
 FAULTS: tuple[Fault, ...] = (
-    *(worker_kill9, worker_kill9, worker_sigterm, worker_freeze, engine_lost),
+    *(worker_kill9, worker_kill9, worker_sigterm, worker_freeze, engine_lost, engine_kill9, engine_kill9),
     *(redis_kill9, redis_restart, redis_freeze, redis_flushall, redis_cut),
     *(messages_dropped, messages_doubled, messages_forgotten, message_from_nowhere),
     *(database_kill9, database_restart, database_cut, database_locked),
     *(api_kill9, batch_cancelled),
 )
-"""One deck: every fault that can hit something falls once (kill -9 of a worker twice) before one falls again."""
+"""One deck: every fault that can hit something falls once (kill -9 of a worker or a real engine twice) before one falls again."""

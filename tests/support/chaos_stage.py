@@ -1,4 +1,4 @@
-"""A whole service of real processes for the chaos tests: Redis, a database, the API, workers with the echo engine.
+"""A whole service of real processes for the chaos tests: Redis, a database, the API, workers with the echo engine or the real one.
 
 Knows which processes are to live and starts anew what has died; what harms them is in chaos_faults.py.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -25,16 +26,16 @@ from headrace.broker import KEY_PREFIX, queue_name
 from headrace.client import Client
 from headrace.settings import Settings
 
-MODEL = "echo"
 CHUNK = 16
 
 
 class Stage:
     """Used as a context manager; workers run from `start_workers` on, and `tick` has to be called all the time."""
 
-    def __init__(self, folder: Path, *, database: str, draw: random.Random, workers: int, pause_s: float) -> None:
-        """`database`: 'postgres' or 'sqlite'; `pause_s`: how long the echo engine takes for a prompt."""
+    def __init__(self, folder: Path, *, database: str, draw: random.Random, workers: int, pause_s: float, engine: str) -> None:
+        """`database`: 'postgres' or 'sqlite'; `engine`: 'echo', which takes `pause_s` for a prompt, or 'tiny', the real one."""
         self.folder = folder
+        self.engine = engine
         self.draw = draw
         self.tally = folder / "tally"
         self.frozen: set[HeadraceProcess] = set()
@@ -57,8 +58,8 @@ class Stage:
                 self.postgres.execute("CREATE DATABASE headrace")
                 url = self.postgres.url("headrace")
             self.settings = Settings(
-                model=MODEL, engine_frontend="echo_frontend:EchoFrontend", database_url=url, redis_url=self.redis.url,
-                home=self.folder, **{**QUICK, "chunk_size": CHUNK, "dispatch_window": 24},
+                database_url=url, redis_url=self.redis.url, home=self.folder, **self._model(),
+                **{**QUICK, "chunk_size": CHUNK, "dispatch_window": 24},
             )  # fmt: skip
             self.service = Service(self.settings, self.folder)
             stack.callback(self.service.close)
@@ -71,6 +72,14 @@ class Stage:
             stack.callback(self._end_workers)
             self._exits = stack.pop_all()
         return self
+
+    def _model(self) -> dict[str, str]:
+        if self.engine == "echo":
+            return {"model": "echo", "engine_frontend": "echo_frontend:EchoFrontend"}
+        from tiny_models import save_tiny_model
+        from tiny_service import ENGINE
+
+        return {"model": str(save_tiny_model(self.folder / "tiny")), "engine_config": json.dumps(dict(ENGINE))}
 
     def __exit__(self, *_: object) -> None:
         self._exits.close()
@@ -127,7 +136,7 @@ class Stage:
     def left_in_redis(self) -> int:
         """Messages that wait or were not acknowledged."""
         with self.link() as link:
-            waiting = link.llen(KEY_PREFIX + queue_name(MODEL))
+            waiting = link.llen(KEY_PREFIX + queue_name(self.settings.model))
             return int(waiting + link.hlen(KEY_PREFIX + "unacked") + link.zcard(KEY_PREFIX + "unacked_index"))
 
 
