@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from live_api import LiveApi, work
-from servers import RedisServer
+from servers import RedisServer, wait_until
 
 from api import services
 from headrace.broker import Broker
@@ -96,6 +96,44 @@ def test_a_key_sees_its_own_batches_and_nothing_of_others(live: LiveApi, keyed_s
         assert one.delete(f"/v1/batches/{mine}").status_code == 204
         theirs_again = operator.post(f"/v1/batches/{other}/retry").json()["id"]
         assert two.get(f"/v1/batches/{theirs_again}").status_code == 200, "what the operator retries stays its owner's"
+
+
+def test_a_key_sees_its_own_files_and_nothing_of_others(live: LiveApi, keyed_store: Store) -> None:
+    keys = [keyed_store.keys.create(name, max_active_prompts=3).text for name in ("one", "two")]
+
+    def upload(http: httpx.Client, count: int) -> str:
+        line = '{"custom_id": "%d", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "echo", "messages": [%s]}}\n'
+        text = "".join(line % (number, '{"role": "user", "content": "hello"}') for number in range(count))
+        reply = http.post("/v1/files", files={"file": ("in.jsonl", text.encode())}, data={"purpose": "batch"})
+        assert reply.status_code == 200, reply.text
+        return reply.json()["id"]
+
+    def start(http: httpx.Client, file_id: str) -> httpx.Response:
+        body = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        return http.post("/v1/batches", json=body)
+
+    with caller(live, keys[0]) as one, caller(live, keys[1]) as two, caller(live, "the operator's") as operator:
+        mine, theirs = upload(one, 2), upload(two, 2)
+        unknown = f"file-{uuid.uuid4().hex}"
+        batch_id = start(two, theirs).json()["id"]
+        wait_until(lambda: two.get(f"/v1/batches/{batch_id}").json()["status"] == "in_progress", timeout_s=20)
+        work(keyed_store)
+        output = two.get(f"/v1/batches/{batch_id}").json()["output_file_id"]
+        assert two.get(f"/v1/files/{output}/content").status_code == 200
+        for file_id, nobodys in ((theirs, unknown), (output, output.replace(output[5:37], uuid.uuid4().hex))):
+            for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+                replies = [one.request(method, f"/v1/files/{name}{path}") for name in (file_id, nobodys)]
+                assert [reply.status_code for reply in replies] == [404, 404], (method, path)
+                same = [{**reply.json(), "instance": "", "request_id": ""} for reply in replies]
+                assert str(same[0]).replace(file_id, nobodys) == str(same[1])
+        refused = [start(one, name) for name in (theirs, unknown)]
+        assert refused[0].status_code == refused[1].status_code >= 400
+        assert [file["id"] for file in one.get("/v1/files").json()["data"]] == [mine]
+        assert theirs in {file["id"] for file in operator.get("/v1/files").json()["data"]}
+        assert start(one, mine).status_code in (200, 202)
+        full = start(one, mine)
+        assert (full.status_code, full.json()["code"]) == (429, "quota_exceeded"), "a file's lines count when its batch is made"
+        assert start(one, upload(one, 4)).status_code == 422
 
 
 def test_an_admin_key_sees_everybodys_batches(live: LiveApi, keyed_store: Store) -> None:
