@@ -134,22 +134,6 @@ def test_everything_at_once_waits_for_nobody_for_ever(store: Store, caplog: pyte
     assert retries == [], "locks were taken in different orders"
 
 
-def test_sixteen_sqlite_writers_are_never_told_that_it_is_locked(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'db'}"
-    with Store(url, create=True) as store:
-        batches = [submit(store, 16, chunk_size=16, model=f"m{i}") for i in range(16)]
-
-        def writer(i: int) -> None:
-            with Store(url) as own:  # as a process of its own: it shares no lock but SQLite's
-                (claim,) = take(own, model=f"m{i}")
-                for index in range(16):
-                    assert own.record(claim, answers([index])).inserted == 1
-                assert own.finish_chunk(claim)
-
-        in_threads(16, writer)
-        assert {check(store, batch.id).status for batch in batches} == {BatchStatus.COMPLETED}
-
-
 def test_kill_9_at_any_moment_loses_and_doubles_nothing(store: Store, store_url: str) -> None:
     batch = submit(store, 2000, chunk_size=30)
     dice = random.Random(7)

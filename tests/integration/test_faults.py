@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from servers import PostgresServer, RedisServer
+from servers import RedisServer
 from worker_process import QUICK, wait_for, worker_process
 
 from headrace.batch import BatchStatus
@@ -64,21 +64,6 @@ def test_a_redis_that_is_restarted_or_killed_is_found_again(echo_service, sqlite
         redis_server.kill9()
         redis_server.start()
         service.wait_over(batch_id, worker)
-    service.assert_exactly_once(batch_id, 500)
-
-
-def test_a_database_that_goes_away_is_waited_for(echo_service, postgres_url: str, postgres_server: PostgresServer) -> None:
-    service = echo_service(postgres_url)
-    with service.worker(environ=SLOW) as worker:
-        service.ready(worker)
-        batch_id = service.submit(texts(500))
-        wait_for(lambda: service.done(batch_id) >= 50, timeout_s=30, what="under way", process=worker)
-        postgres_server.kill9()
-        wait_for(lambda: "store_outage" in worker.log_tail(), timeout_s=20, what="the outage is noticed", process=worker)
-        time.sleep(1)
-        postgres_server.start()
-        service.wait_over(batch_id, worker)
-        assert "store_back" in worker.log_tail(10**6)
     service.assert_exactly_once(batch_id, 500)
 
 

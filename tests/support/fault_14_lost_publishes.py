@@ -12,7 +12,7 @@ SLACK_S = 1.5
 
 def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
     """Let every sender lose messages, and measure how long each lost one is missed."""
-    rows = 20_000 if long else 800
+    rows = 20_000 if long else 480
     prompts = texts(rows)
     with ground(chunk_size=16, dispatch_window=16) as field:
         log = field.folder / "sent"

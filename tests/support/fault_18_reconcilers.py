@@ -21,7 +21,7 @@ RECONCILERS = 3
 
 def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
     """Harm reconcilers until the batch is over, then count what they have sent."""
-    rows = 20_000 if long else 800
+    rows = 20_000 if long else 480
     draw = random.Random(seed)
     prompts = texts(rows)
     with ground(chunk_size=16, dispatch_window=24) as field:
