@@ -1,13 +1,14 @@
 """How fast the engine generates.
 
     python benchmarks/engine.py                               # static batches of transformers beside it (the default on a CPU)
-    python benchmarks/engine.py --device cuda --work W1,W2,W3,L1 [--model DIR] [--max-batch-size 1024]
+    python benchmarks/engine.py --device cuda --work W1,W2,W3,L1,L,D [--model DIR] [--max-batch-size 1024] [--breakdown]
+    python benchmarks/engine.py --peer vllm --work W1,W2 [--model DIR]
 
 Against transformers: the same prompts with the same output lengths go through `Engine` and through `generate` in static batches of
 8, 16, 32 and 64 (left padding; a batch runs to its longest answer), on the same threads in the same process. Tokens are compared
 first; a difference that is no near-tie ends the run without a figure.
 
-The workloads W1, W2, W3 and L1 are the ones that other engines were measured with: all requests at once, exact output lengths, sampling
+The workloads W1, W2, W3 and L1 are the ones that other engines were measured with (L and D are longer): all requests at once, exact output lengths, sampling
 at temperature 1, top_p 0.95, top_k 40 (variant `sample`) or greedy, no prefix cache, no text. Their token ids are checked against
 checksums. Without --model they run on random weights in the shape of Llama-3.1-8B.
 
@@ -19,20 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
 _STARTED = time.perf_counter()
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -41,7 +39,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import peers
 import torch
+from measuring import Took, record, timed
 from random_model import save_random_llama_8b
 from timeline import Timeline
 from torch import Tensor
@@ -131,54 +131,6 @@ def count_near_ties(model: Any, jobs: Sequence[Job], ours: Sequence[list[int]], 
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------------------
-
-
-class Took(NamedTuple):
-    """Seconds of one run."""
-
-    wall: float
-    cpu: float
-    """Of all threads: on a machine that others use too, the steadier of the two."""
-
-
-def timed(run: Callable[[], list[list[int]]]) -> tuple[list[list[int]], Took]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    wall, cpu = time.perf_counter(), time.process_time()
-    answers = run()
-    return answers, Took(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607  # git, with words of our own
-    return done.stdout.strip()
-
-
-def record(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
-    """Print and append one line."""
-    cuda = arguments.device == "cuda"
-    line = {
-        "benchmark": "engine",
-        "engine": "headrace",
-        **fields,
-        "gpu" if cuda else "cpu": torch.cuda.get_device_name() if cuda else processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": arguments.commit or git("rev-parse", "--short", "HEAD") or "unknown",
-        "command": "python benchmarks/engine.py " + " ".join(sys.argv[1:]),
-    }
-    text = json.dumps(line)
-    print(text, flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
 
 
 def make_engine(arguments: argparse.Namespace, model: Path, **fields: Any) -> tuple[Engine, LocalExecutor | Timeline]:
@@ -303,6 +255,34 @@ def workloads(arguments: argparse.Namespace) -> None:
         executor.close()
 
 
+def peer_workloads(arguments: argparse.Namespace) -> None:
+    """Run the workloads on another engine. One answer of another length than asked for: no figure."""
+    peers.require(arguments.peer)
+    with model_or_random(arguments.model) as path:
+        shape = {"max_batch_size": arguments.max_batch_size, "session_len": arguments.session_len, "dtype": arguments.dtype}
+        peer = peers.start(arguments.peer, path, **shape)
+        vocab = json.loads((path / "config.json").read_text())["vocab_size"]
+        sampled = arguments.variant == "sample"
+        peer.run(draw_warm_up(vocab, arguments.warm, 99), sampled=sampled)
+        for name in arguments.work.split(","):
+            jobs = [draw_single(vocab)] if name == "L1" else draw_workload(name, vocab)
+            jobs = jobs[: max(1, round(len(jobs) * arguments.scale))]
+            answers, took = timed(lambda jobs=jobs: peer.run(jobs, sampled=sampled))
+            if [len(answer) for answer in answers] != [job.length for job in jobs]:
+                raise SystemExit(f"{arguments.peer} gave answers of other lengths than asked for; no figure is reported")
+            tokens = sum(job.length for job in jobs)
+            fields = {
+                "engine": arguments.peer,
+                "version": peer.version,
+                "workload": name,
+                "variant": arguments.variant,
+                **shape,
+            }
+            fields |= {"model": path.name if arguments.model else "random-llama-8b", "ready_s": peer.ready_s, "jobs": len(jobs)}
+            fields |= {"output_tokens": tokens, "wall_s": round(took.wall, 3), "output_tok_s": round(tokens / took.wall, 1)}
+            record(arguments, fields | ({"ms_per_token": round(1e3 * took.wall / tokens, 4)} if name == "L1" else {}))
+
+
 def resolve_eos(path: Path) -> tuple[int, ...]:
     from engine.model_info import ModelInfo
 
@@ -353,6 +333,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--work", help="transformers, or some of W1,W2,W3,L1 (default: by device)")
+    parser.add_argument("--peer", choices=peers.PEERS, help="run the work on this engine instead, where it is installed")
     parser.add_argument("--model", help="a directory or an id (default: smollm2 on a CPU, random weights on a GPU)")
     parser.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
     parser.add_argument("--variant", choices=["sample", "greedy"], default="sample")
@@ -385,7 +366,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown work: {', '.join(unknown)}")
     arguments.work = work
-    workloads(arguments)
+    (workloads if arguments.peer is None else peer_workloads)(arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""Timing a run, and the line that is left of it. Knows no engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Took(NamedTuple):
+    """Seconds of one run."""
+
+    wall: float
+    cpu: float
+    """Of all threads: on a machine that others use too, the steadier of the two."""
+
+
+def timed(run: Callable[[], list[list[int]]]) -> tuple[list[list[int]], Took]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    answers = run()
+    return answers, Took(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607  # git, with words of our own
+    return done.stdout.strip()
+
+
+def record(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
+    """Print and append one line."""
+    cuda = arguments.device == "cuda"
+    line = {
+        "benchmark": "engine",
+        "engine": "headrace",
+        **fields,
+        "gpu" if cuda else "cpu": torch.cuda.get_device_name() if cuda else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": arguments.commit or git("rev-parse", "--short", "HEAD") or "unknown",
+        "command": "python benchmarks/engine.py " + " ".join(sys.argv[1:]),
+    }
+    text = json.dumps(line)
+    print(text, flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
