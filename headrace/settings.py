@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -26,9 +26,10 @@ class Settings:
 
     home: Path = Path("~/.cache/headrace")
     """Where the default model is cached after its one conversion."""
-    database_url: str = "sqlite:///.headrace/headrace.db"
+    # URLs and the key are left out of repr: a settings object in a traceback or a log line must not tell a password.
+    database_url: str = field(default="sqlite:///.headrace/headrace.db", repr=False)
     """SQLAlchemy URL; sqlite:///PATH or postgresql+psycopg://user:password@host/name."""
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: str = field(default="redis://127.0.0.1:6379/0", repr=False)
     model: str = "smollm2"
     """Model of this worker: a local directory, a hub id, or 'smollm2' for the default model from its wheel."""
     models: str = ""
@@ -78,7 +79,7 @@ class Settings:
     """While SQLite's disk has less space left, new batches are refused with 507: what is accepted must find room for its answers."""
     retention_s: float = math.inf
     """Batches that have been over for so long are deleted with their results; inf: never."""
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     """When set, /v1 needs `Authorization: Bearer <key>`."""
     log_level: str = "INFO"
     crash_at: str = ""

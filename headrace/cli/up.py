@@ -152,7 +152,7 @@ def redis_trouble(url: str) -> str | None:
 
 def hide_password(url: str) -> str:
     """Return a database's or a broker's URL that may be shown. Redis takes a password without a user: `redis://:password@host`."""
-    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&#]*", r"\1***", re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", url))
 
 
 @contextlib.contextmanager

@@ -207,6 +207,9 @@ def _checked(text: str) -> URL:
         ) from None
     backend = url.get_backend_name()
     if backend == "postgresql":
+        if isinstance(password := url.query.get("password"), str):
+            # From here on it is where `render_as_string` hides it.
+            url = url.difference_update_query(["password"]).set(password=password)
         return url.set(drivername="postgresql+psycopg")
     if backend != "sqlite":
         raise InvalidRequest(f"the database must be sqlite or postgresql, not {backend}", param="database_url")

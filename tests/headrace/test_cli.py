@@ -355,6 +355,7 @@ def test_passwords_are_not_shown() -> None:
     assert hide_password("postgresql+psycopg://me:secret@host/db") == "postgresql+psycopg://me:***@host/db"
     assert hide_password("redis://:s@cret@host:6379/0") == "redis://:***@host:6379/0"
     assert hide_password("redis://host:6379/0") == "redis://host:6379/0"
+    assert hide_password("postgresql://host/db?password=s%40cret&x=1") == "postgresql://host/db?password=***&x=1"
     assert hide_password("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
 
 

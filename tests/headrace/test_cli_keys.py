@@ -17,7 +17,7 @@ from servers import RedisServer
 
 from headrace.broker import Broker, make_celery
 from headrace.cli import main
-from headrace.errors import Conflict
+from headrace.errors import Conflict, StoreUnavailable
 from headrace.login import login_of, path_in
 from headrace.settings import Settings, get_settings
 from headrace.store import Role, Store
@@ -134,6 +134,16 @@ def test_delete_asks_on_a_terminal(store: Store, url: str, typed: str, is_kept: 
     assert "[y/N]" in done.stderr
     assert bool(store.list_batches()) is is_kept
     assert done.returncode == (1 if is_kept else 0)
+
+
+def test_no_password_is_told_by_what_is_printed_of_settings_and_urls() -> None:
+    url = "postgresql://me@127.0.0.1:1/db?password=hidden&connect_timeout=1"
+    settings = Settings(api_key="hidden", redis_url="redis://:hidden@127.0.0.1", database_url=url)
+    assert "hidden" not in repr(settings)
+    with Store(url) as store, pytest.raises(StoreUnavailable) as refused:
+        store.ping()
+    assert "127.0.0.1:1" in str(refused.value)
+    assert "hidden" not in str(refused.value)
 
 
 def test_a_made_login_is_its_owners_alone_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
