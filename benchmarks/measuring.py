@@ -57,7 +57,7 @@ def record(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         "torch": torch.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": arguments.commit or git("rev-parse", "--short", "HEAD") or "unknown",
-        "command": "python benchmarks/engine.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
     }
     text = json.dumps(line)
     print(text, flush=True)
