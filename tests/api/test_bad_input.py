@@ -198,7 +198,7 @@ def _malform(rng: random.Random) -> bytes:
         "gen_config": {"n": 2},
         "metadata": {"k": "v"},
     }
-    way = rng.randrange(6)
+    way = rng.randrange(7)
     if way == 0:
         text = json.dumps(body).encode()
         return text[: rng.randrange(len(text))]
@@ -219,6 +219,9 @@ def _malform(rng: random.Random) -> bytes:
         body["gen_config"][field] = rng.choice(
             ["x" if field != "stop_words" else 5, {"a": {}}, [[]], -7, True, [None], 10**400, [{}]]
         )
+    elif way == 6:
+        body = {"input_file_id": "file-" + "0" * 32, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        body[rng.choice([*body, "prompts", "gen_config", "output_expires_after", "x"])] = junk
     else:
         field, bad = rng.choice(
             [("prompts", [None, 5, "x", {}, [], True]), ("gen_config", [5, "x", [], True]), ("metadata", [5, "x", [], {"": "v"}, {"a": None}]),
@@ -229,7 +232,7 @@ def _malform(rng: random.Random) -> bytes:
     return json.dumps(body).encode()
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_malformed_bodies_are_refused_and_nothing_of_them_is_stored(unharmed: httpx.Client, count: int) -> None:
     rng = random.Random(20260101)
     statuses = set()

@@ -20,6 +20,8 @@ def test_nothing_that_the_document_allows_or_forbids_breaks_the_service(
     api: LiveApi, http: httpx.Client, store: Store, tmp_path: Path
 ) -> None:
     """Schemathesis makes valid and invalid requests of every operation, one by one and in sequences along ids that replies hold."""
+    upload = {"file": ("requests.jsonl", b'{"custom_id": "1"}\n'), "purpose": (None, "batch")}
+    assert http.post("/v1/files", files=upload).status_code == 200
     for size in (1, 30):
         assert http.post("/v1/batches", json={"prompts": ["a"] * size}).status_code == 202
     work(store, only=[0])
