@@ -106,8 +106,9 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
         "unacked_restore_interval": sweep_s,
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 30,
-        # Without a timeout a send to a peer that vanished hangs for ever.
-        "socket_timeout": 15,
+        # Without a timeout a send to a peer that vanished hangs for ever. The event loop may meet several such connections in a
+        # row (heartbeat, acknowledgements), each for so long.
+        "socket_timeout": 5,
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
         # A peer that vanished without a word is noticed within 26 s: by TCP, and behind a box that still answers for it by

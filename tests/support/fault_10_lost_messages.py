@@ -19,7 +19,7 @@ CHUNK = 4
 
 def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
     """Kill the one worker again and again while it takes messages as fast as it can; count those that no one knows any more."""
-    kills, rows = (100, 30_000) if long else (3, 1_500)
+    kills, rows = (100, 30_000) if long else (2, 800)
     draw = random.Random(seed)
     with ground(chunk_size=CHUNK, dispatch_window=400, requeue_grace_s=2.0) as field:
         batch_id = field.service.submit(texts(rows))
