@@ -207,7 +207,8 @@ def _malform(rng: random.Random) -> bytes:
         text[rng.randrange(len(text))] = rng.choice(b"\x00\x01\xff\xfe\x80")
         return bytes(text)
     if way == 2:
-        body[rng.choice(["promts", "PROMPTS", "stream", "", "n", "\x00", "input_file_id"])] = junk
+        name = rng.choice(["promts", "PROMPTS", "stream", "", "n", "\x00", "input_file_id"])
+        body[name] = "file-1" if name == "input_file_id" else junk  # null would be as good as none
     elif way == 3:
         body["prompts"].insert(
             rng.randrange(3), rng.choice([None, True, 0, 1.5, 10**30, {}, {"a": 1}, [1], [None], [[]], ["a"]])
