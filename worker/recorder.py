@@ -261,6 +261,7 @@ class Recorder:
     def _write(self, rows: Sequence[Row]) -> None:
         """Write one transaction; when it is refused, each chunk by itself, so that one chunk's trouble stays its own."""
         by_ledger = _by_ledger(row for row in rows if row.ledger.wants_rows)
+        self._record_late(_by_ledger(row for row in rows if row.ledger.verdict is Verdict.FENCED))
         try:
             if by_ledger:
                 self._record(by_ledger)
@@ -284,18 +285,29 @@ class Recorder:
         results = self._outage.ride_out(
             lambda: self._store.record_many(items), what=f"a transaction of {count} completions", give_up=lambda: self._give_up
         )
-        self._record_late([item for item, result in zip(items, results, strict=True) if result.status is RecordStatus.FENCED])
+        fenced = {result.claim for result in results if result.status is RecordStatus.FENCED}
+        self._record_late({ledger: rows for ledger, rows in by_ledger.items() if ledger.claim in fenced})
         with self.changed:
             for (ledger, completions), result in zip(by_ledger.items(), results, strict=True):
                 self._book(ledger, completions, result)
             self.changed.notify_all()
 
-    def _record_late(self, items: Sequence[tuple[Claim, Sequence[Completion]]]) -> None:
+    def _record_late(self, by_ledger: dict[Ledger, list[Completion]]) -> None:
         """Answers that outlived an outage on disk count, though their chunk was taken meanwhile, as they would after a kill."""
-        if items and self._saved >= self._in_hand[0].number:
+        if not by_ledger or self._in_hand[0].number > self._saved:
+            return
+        items = [(ledger.claim, completions) for ledger, completions in by_ledger.items()]
+        try:
             late = self._outage.ride_out(
-                lambda: self._store.record_late(items), what="late completions", give_up=lambda: self._give_up
+                lambda: self._store.record_late(items), what="answers of an outage", give_up=lambda: self._give_up
             )
+        except HEALS:
+            raise
+        except Exception:
+            log.exception(
+                "answers that waited on disk could not be recorded; others compute them", extra={"event": "record_failed"}
+            )
+        else:
             self.rows_written += sum(result.inserted for result in late)
 
     def _book(self, ledger: Ledger, completions: Sequence[Completion], result: RecordResult) -> None:

@@ -16,6 +16,7 @@ from echo_frontend import answer
 from headrace.completion import Choice, Completion, CompletionError, TokenLogprobs, TokenUsage
 from headrace.errors import InvalidRequest, StorageFull, StoreUnavailable
 from headrace.store import Claim
+from worker.recorder import Verdict
 from worker.spool import Entry, Spool, SpoolFull, orphans
 
 MARK = "d1 0001"
@@ -306,6 +307,30 @@ def test_a_worker_that_lived_through_the_outage_keeps_its_rows_of_a_chunk_that_w
     assert bench.ledger.wait(5) == "fenced"
     bench.wait(lambda: bench.indexes() == list(range(5)))
     assert bench.store.renew([other], 30) == {other}
+
+
+def test_they_are_kept_also_where_the_lease_keeper_finds_out_first(outage_bench) -> None:
+    bench = outage_bench(rows=8)
+    bench.break_store(StoreUnavailable)
+    bench.answer(range(5))
+    bench.recorder.save_waiting(age_s=0)
+    # A transaction that waits holds rows whose fate was open when it began; these come behind it.
+    bench.answer(range(5, 7))
+    bench.recorder.save_waiting(age_s=0)
+    bench.take_away()
+    bench.ledger.settle(Verdict.FENCED)
+    bench.mend_store()
+    bench.wait(lambda: bench.indexes() == list(range(7)))
+    bench.wait(lambda: not bench.spool.path.exists())
+
+
+def test_without_an_outage_a_zombies_rows_are_refused(outage_bench) -> None:
+    bench = outage_bench(rows=8)
+    bench.take_away()
+    bench.answer(range(5))
+    assert bench.ledger.wait(5) == "fenced"
+    bench.wait(lambda: bench.recorder.rows_waiting == 0)
+    assert bench.indexes() == []
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
