@@ -47,10 +47,14 @@ def newest() -> str:
 
 
 def check(database: Database) -> None:
-    """Raise `StoreUnavailable` unless the database stands where this release's migrations end."""
+    """Raise `StoreUnavailable` unless the database stands where this release's migrations end, or further on.
+
+    Further on is a rolling update: migrations only add to what the release before works with, so its workers go on, and a killed one
+    comes back. Revisions are numbers of four digits.
+    """
     wanted = newest()
     found = database.read(lambda connection: MigrationContext.configure(connection).get_current_revision())
-    if found != wanted:
+    if found is None or found < wanted:
         raise StoreUnavailable(
             f"the database's schema is {found or 'empty'}, this release needs {wanted}; run `headrace migrate`"
         )

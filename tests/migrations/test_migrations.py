@@ -115,6 +115,12 @@ def test_rows_of_the_first_release_live_through_0002_and_back(store: Store) -> N
     assert columns.isdisjoint({"owner", "lane", "turn", "reserved"})
 
 
+def test_a_worker_of_this_release_starts_on_the_schema_of_the_next(store: Store) -> None:
+    """A rolling update migrates first; a worker that is restarted meanwhile must not wait for its old schema to come back."""
+    store._database.write(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '9999'")))
+    store.check_schema()
+
+
 def test_migrating_again_changes_nothing(store: Store) -> None:
     batch = submit(store, 4)
     store.migrate()
