@@ -1,9 +1,10 @@
 """The service end to end, with an engine that answers at once: what REST, SQL, Redis and Celery cost together.
 
-    python benchmarks/service.py [--rows 60000] [--million 1000000] [--only sqlite|postgres]
+    python benchmarks/service.py [--rows 60000] [--million 1000000] [--only sqlite|postgres] [--record]
 
 A real Redis, database (fsync on), API process and one worker process share this machine's cores, with the client beside them. For
-each database one JSON line is printed and appended to benchmarks/results/service.jsonl:
+each database one JSON line is printed, and with `--record` appended to benchmarks/results/service.jsonl; each figure that has a
+target is judged by it, and the exit status is 1 when one is missed:
 
     prompts_per_s      from the first POST to the end of the last batch: rows in batches of 10,000 over HTTP
     status_*_ms        GET /v1/batches/{id} while that runs, 40 a second, after the last POST was answered
@@ -41,6 +42,13 @@ from worker_process import HeadraceProcess, wait_for
 from headrace.settings import Settings
 
 BATCH = 10_000
+TARGETS = {
+    "prompts_per_s": ("at least", {"postgres": 2000, "sqlite": 1000}),
+    "status_p99_ms": ("below", {"postgres": 20, "sqlite": 20}),
+    "results_per_s": ("at least", {"postgres": 20_000, "sqlite": 20_000}),
+    "million_results_per_s": ("at least", {"postgres": 20_000, "sqlite": 20_000}),
+}
+"""Of two cores that nobody else uses."""
 IS_THERE = """
 import sys
 sys.path[:0] = [sys.argv[1]]
@@ -190,6 +198,20 @@ def measure(settings: Settings, folder: Path, *, rows: int, million: int) -> dic
     return figures
 
 
+def judge(database: str, figures: dict[str, Any]) -> list[str]:
+    """Print each target with what was measured; return the names of those that were missed."""
+    missed = []
+    for name, (relation, targets) in TARGETS.items():
+        if name not in figures:
+            continue
+        target = targets[database]
+        is_met = figures[name] >= target if relation == "at least" else figures[name] < target
+        print(f"{database} {name}: {figures[name]:,} ({relation} {target:,}): {'met' if is_met else 'MISSED'}", flush=True)
+        if not is_met:
+            missed.append(name)
+    return missed
+
+
 def databases(stack: ExitStack, folder: Path, only: str | None) -> Iterator[tuple[str, str]]:
     if only != "postgres":
         yield "sqlite", f"sqlite:///{folder}/headrace.db"
@@ -198,13 +220,15 @@ def databases(stack: ExitStack, folder: Path, only: str | None) -> Iterator[tupl
         yield "postgres", stack.enter_context(server.database())
 
 
-def main() -> None:
-    """Measure both databases."""
+def main() -> int:
+    """Measure both databases; 1 where a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=60_000, help=f"a multiple of {BATCH}")
     parser.add_argument("--million", type=int, default=1_000_000, help="0: leave it out")
     parser.add_argument("--only", choices=("sqlite", "postgres"))
+    parser.add_argument("--record", action="store_true", help="append the lines to benchmarks/results/service.jsonl")
     asked = parser.parse_args()
+    missed: list[str] = []
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607  # git, with words of our own
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -228,10 +252,13 @@ def main() -> None:
                 }
             )
             print(line, flush=True)
-            with (ROOT / "benchmarks" / "results" / "service.jsonl").open("a") as file:
-                file.write(line + "\n")
+            missed += judge(database, figures)
+            if asked.record:
+                with (ROOT / "benchmarks" / "results" / "service.jsonl").open("a") as file:
+                    file.write(line + "\n")
             redis.flush()
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
