@@ -37,8 +37,8 @@ MOST_STEPS: Final = 8
 
 
 def run(*, long: bool, seed: int, say: Callable[[str], None]) -> dict[str, int | float]:
-    """Walk five hundred times, or a dozen."""
-    runs = 500 if long else 12
+    """Walk five hundred times, or six."""
+    runs = 500 if long else 6
     # The lease is the one that users have: a cancel must not be quick by a test's settings.
     with (
         ground(database="postgres" if long else "sqlite", chunk_size=CHUNK, dispatch_window=64, lease_s=30.0) as field,
