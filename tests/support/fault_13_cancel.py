@@ -30,7 +30,7 @@ from headrace.errors import Conflict, NotFound
 
 TITLE = "cancel and expire at random moments"
 CANCEL_P99_S: Final = 2.0
-PAUSE_S: Final = 0.8
+PAUSE_S: Final = 0.5
 """Longer than a cancel may wait for the next write: it is the lease keeper that hears of it."""
 CHUNK: Final = 4
 MOST_STEPS: Final = 8
