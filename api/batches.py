@@ -204,8 +204,9 @@ def get_batch(
 def cancel_batch(batch_id: BatchId, services: ServicesDep) -> Response:
     """Stop a batch. What is answered stays; every other index gets the error `batch_cancelled`. 409 when it is over already."""
     batch = services.store.cancel_batch(batch_id)
+    services.hurry_workers()
     log.info(
-        "batch is being cancelled; workers stop at their next write",
+        "batch is being cancelled; workers stop at once",
         extra={"event": "batch_cancel_requested", "batch_id": batch.id, "status": batch.status},
     )
     return json_response(BatchOut.of(batch), headers=_state_headers(batch))

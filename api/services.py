@@ -102,6 +102,13 @@ class Services:
         log.debug("sent %d chunks", sent, extra={"event": "chunks_sent", "model": model, "chunks": sent})
         return "sent"
 
+    def hurry_workers(self) -> None:
+        """Let workers hear of a cancel at once. Never raises for an outage of Redis: they find out by themselves."""
+        try:
+            self.broker.hurry()
+        except HeadraceError as error:
+            log.info("workers find out by themselves: %s", error.message, extra={"event": "hurry_unheard", "code": error.code})
+
     def close(self) -> None:
         """Close what was opened here."""
         if self._owns_broker and self._broker is not None:

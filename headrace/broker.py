@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 TASK_GENERATE: Final = "headrace.generate"
 TASK_RECONCILE: Final = "headrace.reconcile"
 KEY_PREFIX: Final = "headrace:"
+CHANNEL_LOOK: Final = f"{KEY_PREFIX}look"
+"""Published to: workers look at once which of their chunks were cancelled."""
 POINTER_VERSION: Final = 0
 """The version of a message that carries no prompts."""
 SEND_GROUP: Final = 8
@@ -155,6 +157,13 @@ class Broker:
         """Return how many messages wait in the model's queue (not those that a worker holds)."""
         try:
             return int(self._redis.llen(KEY_PREFIX + queue_name(model)))
+        except _OUTAGE as error:
+            raise QueueUnavailable(f"{QueueUnavailable.__doc__} ({error})") from error
+
+    def hurry(self) -> None:
+        """Ask every worker to look now which of its chunks were cancelled; those that don't hear it look within a second anyway."""
+        try:
+            self._redis.publish(CHANNEL_LOOK, "")
         except _OUTAGE as error:
             raise QueueUnavailable(f"{QueueUnavailable.__doc__} ({error})") from error
 

@@ -27,6 +27,7 @@ from headrace.broker import Broker, dispatch
 from headrace.errors import HeadraceError, QueueUnavailable
 from headrace.ingest import read_next
 from worker.host import EngineHost
+from worker.listener import Listener
 from worker.outage import HEALS, Outage
 from worker.recorder import Recorder, Verdict
 from worker.spool import Spool, SpoolFull
@@ -51,21 +52,32 @@ class Chore:
         self._name = name
         self._call = call
         self._every_s = every_s
-        self._stop = threading.Event()
+        # Set to call at once, and by `stop`.
+        self._due = threading.Event()
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, name=f"headrace-{name}", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
+    def wake(self) -> None:
+        """Let the next call come now; returns at once."""
+        self._due.set()
+
     def stop(self) -> None:
         """End the thread and wait for a call that is under way."""
-        self._stop.set()
+        self._stopped = True
+        self._due.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_PATIENCE_S)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._every_s):
+        while True:
+            self._due.wait(self._every_s)
+            self._due.clear()
+            if self._stopped:
+                return
             try:
                 self._call()
             except (*HEALS, QueueUnavailable) as error:
@@ -106,8 +118,10 @@ class Runtime:
         self._chunks_changed = threading.Condition()
         self._chunks_done = 0
         self._refilling = threading.Lock()
+        self._keeper = Chore("lease-keeper", self.keep_leases, every_s=min(settings.lease_s / 4, 1.0))
+        self._listener = Listener(settings.redis_url, self.look_now)
         self._chores = (
-            Chore("lease-keeper", self.keep_leases, every_s=min(settings.lease_s / 4, 1.0)),
+            self._keeper,
             Chore("heartbeat", self.beat, every_s=HEARTBEAT_S),
             Chore("reconciler", self.reconcile, every_s=settings.reconcile_interval_s),
             Chore("reader", self.read_files, every_s=settings.reconcile_interval_s),
@@ -120,6 +134,7 @@ class Runtime:
         self.recorder.start()
         for chore in self._chores:
             chore.start()
+        self._listener.start()
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -167,6 +182,10 @@ class Runtime:
                 ledger.settle(Verdict.OUT_OF_ROOM)
         else:
             self._has_told_spool_full = False
+
+    def look_now(self) -> None:
+        """Find out now, not at the next renewal, which chunks were cancelled; returns at once."""
+        self._keeper.wake()
 
     def check_engine(self) -> None:
         """Look after the engine. One that answers no more ends the work: chunks are handed back, the process is asked to end."""
@@ -257,6 +276,7 @@ class Runtime:
         """Write what waits, end the engine and forget this worker. After `drain`."""
         started = time.monotonic()
         self.draining.set()
+        self._listener.stop()
         for chore in self._chores:
             chore.stop()
         self.recorder.close(timeout_s=CLOSE_PATIENCE_S)

@@ -163,6 +163,7 @@ def test_a_cancelled_batch_stops_soon(echo_service, sqlite_url: str) -> None:
             lambda: service.store.count_in_flight(model="echo", grace_s=0), timeout_s=20, what="chunks taken", process=worker
         )
         service.store.cancel_batch(batch_id)
+        service.broker.hurry()
         batch = service.wait_over(batch_id, worker, timeout_s=6)
         assert batch.status is BatchStatus.CANCELLED
         next_id = service.submit(["still alive"])

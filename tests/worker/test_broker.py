@@ -207,3 +207,12 @@ def test_a_flushed_window_is_sent_again_before_and_beside_what_was_never_sent(
     assert dispatch(store, broker, settings, "echo") == 8
     assert sorted(message.number for message in waiting_messages(settings)) == list(range(1, 17))
     assert dispatch(store, broker, settings, "echo") == 0
+
+
+def test_a_hurry_that_redis_does_not_hear_is_said_so_soon(broker: Broker, redis_server: RedisServer) -> None:
+    broker.hurry()
+    redis_server.kill9()
+    started = time.monotonic()
+    with pytest.raises(QueueUnavailable):
+        broker.hurry()
+    assert time.monotonic() - started < 5, "a client waits for its cancel"
