@@ -25,6 +25,7 @@ from headrace.errors import HeadraceError, InvalidRequest, PayloadTooLarge, Unsu
 from headrace.screening import refusal
 
 MAX_CUSTOM_ID: Final = 512
+_CACHED_CHARS: Final = 2048
 
 # OpenAI's name (or the one that is customary beside its API) to the field of GenerationConfig.
 _SAME: Final = {
@@ -86,7 +87,7 @@ def first_config(rules: Rules, text: bytes) -> tuple[str | None, GenerationConfi
     try:
         body = parse_json(text, line=1)["body"]
         model = body.get("model")
-        config = _config(json.dumps(_settings(body)), is_chat=rules.endpoint == CHAT)
+        config = _config_of(body, is_chat=rules.endpoint == CHAT)
     except (HeadraceError, LookupError, TypeError, AttributeError, ValueError, RecursionError):
         return None, None
     return model if isinstance(model, str) else None, config
@@ -154,7 +155,7 @@ def _answerable(rules: Rules, value: Mapping[str, Any]) -> Item:
     prompt: Prompt | CompletionError
     try:
         # Before the prompt: the cache below makes it the cheaper of the two.
-        config = _config(json.dumps(_settings(body)), is_chat=is_chat)
+        config = _config_of(body, is_chat=is_chat)
         prompt = _messages(body) if is_chat else _text(body)
         prompt = refusal(prompt, max_bytes=rules.max_prompt_bytes) or prompt
     except (InvalidRequest, PayloadTooLarge) as error:
@@ -166,9 +167,14 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name not in ("model", "messages", "prompt") and value is not None}
 
 
-@lru_cache(maxsize=4096)
+def _config_of(body: Mapping[str, Any], *, is_chat: bool) -> GenerationConfig:
+    """Return the config that a body asks for. Most lines of a file ask for the same, and checking it costs as much as the line."""
+    text = json.dumps(_settings(body))
+    # A thousand large schemas, each line with its own, would fill the memory.
+    return _cached_config(text, is_chat=is_chat) if len(text) <= _CACHED_CHARS else _config(text, is_chat=is_chat)
+
+
 def _config(text: str, *, is_chat: bool) -> GenerationConfig:
-    """Return the config that the fields of a body ask for. Most lines of a file ask for the same: checking it costs as much as a line."""
     values: dict[str, Any] = json.loads(text)
     fields: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "max_new_tokens": None if is_chat else 16}
     if "max_tokens" in values and "max_completion_tokens" in values:
@@ -186,6 +192,9 @@ def _config(text: str, *, is_chat: bool) -> GenerationConfig:
     except InvalidRequest as error:
         name = own_names.get(str(error.param), str(error.param))
         raise InvalidRequest(error.message.replace(str(error.param), name, 1), param=name) from None
+
+
+_cached_config = lru_cache(maxsize=2048)(_config)
 
 
 def _translated(name: str, value: Any) -> Any:

@@ -101,7 +101,8 @@ def entry_of(index: int, item: Prompt | CompletionError | Item, default: Generat
     return Entry(index, to_json(own.prompt), None, own.custom_id, config)
 
 
-@lru_cache(maxsize=1024)
+# Few: a config may be as large as its line, and these stay in memory.
+@lru_cache(maxsize=16)
 def _config_json(config: GenerationConfig) -> str:
     return to_json(config.to_dict())
 

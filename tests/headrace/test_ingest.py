@@ -18,6 +18,7 @@ from sqlalchemy import select, update
 from store_driver import check, count, execute, take, work_off
 
 from headrace.batch import CHAT, BatchStatus, Item
+from headrace.batch_input import _cached_config
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, InvalidRequest, NotFound, QueueFull
 from headrace.ingest import read_next
@@ -263,3 +264,24 @@ def test_a_reader_is_killed_at_any_moment_and_nothing_is_lost_or_read_twice(stor
     assert check(store, batch_id).counts.total == total
     assert [row[2] for row in rows(store, batch_id)] == [f"c{i}" for i in range(total)]
     assert seen[-1] > 0, "no reader got to store a slice before it was killed"
+
+
+def test_a_schema_of_its_own_in_each_line_costs_no_memory_that_stays(store: Store) -> None:
+    """What is remembered of configs is bounded in bytes: large ones are checked anew."""
+    schema = {"type": "object", "properties": {f"field_{i}": {"type": "string"} for i in range(100)}}
+    content = b"\n".join(
+        json.dumps(
+            {"custom_id": f"c{i}", "method": "POST", "url": CHAT,
+             "body": {"messages": [{"role": "user", "content": "q"}],
+                      "response_format": {"type": "json_schema", "json_schema": {"name": f"n{i}", "schema": schema}}}}
+        ).encode()
+        for i in range(30)
+    )  # fmt: skip
+    kept = _cached_config.cache_info().currsize
+    batch_id = store.ingests.create(order(), upload(store, content))
+    read_next(store, SETTINGS)
+    assert check(store, batch_id).counts.failed == 0
+    assert _cached_config.cache_info().currsize == kept
+    assert [json.loads(row[3])["response_format"]["json_schema"]["name"] for row in rows(store, batch_id) if row[3]] == [
+        f"n{i}" for i in range(30)
+    ]
