@@ -146,10 +146,13 @@ def prepare(folder: Path) -> Path:
     """Make the folder, for its owner's eyes only, and return it. Raise `InvalidRequest` when that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.chmod(0o700)  # answers are as private as the database
-        trouble = None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "it can't be written"
+        if folder.stat().st_mode & 0o077:
+            # Answers are as private as the database. Not ours to change: it may be /tmp.
+            trouble: str | None = "it is open to other users; name one that isn't there yet, or `chmod 700` it"
+        else:
+            trouble = None if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "it can't be written"
     except OSError as error:
-        trouble = error.strerror or type(error).__name__
+        trouble = error.strerror or "it is not reachable"
     if trouble is not None:
         raise InvalidRequest(f"HEADRACE_SPOOL_DIR={folder} can't be used: {trouble}", param="HEADRACE_SPOOL_DIR")
     return folder

@@ -226,6 +226,14 @@ def test_what_was_promised_survives_kill_9(tmp_path: Path) -> None:
     assert found == [entry(number) for number in range(1, len(found) + 1)]
 
 
+def test_a_folder_that_others_can_read_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o755)
+    with pytest.raises(InvalidRequest, match="chmod 700"):
+        make(tmp_path / "open")
+    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o755
+
+
 def test_a_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidRequest, match="HEADRACE_SPOOL_DIR"):
