@@ -40,13 +40,15 @@ STATEMENT_TIMEOUT_MS: Final = 60_000
 _POSTGRES_ARGS: Final[dict[str, Any]] = {
     "connect_timeout": 5,
     "application_name": "headrace",
-    "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c idle_in_transaction_session_timeout=60000 -c lock_timeout=20000",
+    # The server, too, is to notice that we vanished: a session that it holds for us keeps the locks of its transaction.
+    "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c idle_in_transaction_session_timeout=60000 -c lock_timeout=20000 "
+    "-c tcp_keepalives_idle=5 -c tcp_keepalives_interval=3 -c tcp_keepalives_count=3 -c tcp_user_timeout=15000",
     # A peer that vanished without a word is noticed within half a minute instead of two hours.
     "keepalives": 1,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    "tcp_user_timeout": 20_000,
+    "tcp_user_timeout": 15_000,
 }
 _SQLITE_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _SQLITE_GONE = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PROTOCOL})

@@ -33,9 +33,9 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
         weather = Weather(field, workers, say, size=400 if long else 160)
         counts: dict[str, int | float] = {}
         for name, proxy in (("redis", to_redis), ("postgres", to_postgres)):
-            weather.slow(proxy, 60 if long else 2)
-            weather.resets(proxy, 60 if long else 2)
-            weather.late_closes(name, proxy, 40 if long else 1)
+            weather.slow(proxy, 40 if long else 2)
+            weather.resets(proxy, 40 if long else 2)
+            weather.late_closes(name, proxy, 30 if long else 1)
             for way in ("to_server", "both") if long else ():
                 counts[f"{name}_{way}_noticed_s"] = weather.black_hole(name, proxy, 60, way=way)
             if long:
