@@ -45,9 +45,9 @@ def run(*, long: bool, seed: int, say: Callable[[str], None]) -> dict[str, int |
         submit(store, 10)
         with _reader(folder / "db", counts):
             started = time.monotonic()
-            counts |= _writers(url, processes=WRITERS if long else 2, rows=256 if long else 32)
+            counts |= _writers(url, processes=WRITERS if long else 2, rows=256 if long else 16)
             say(f"{WRITERS} writers: {counts}")
-            counts |= _victims(store, url, kills=200 if long else 8, seed=seed)
+            counts |= _victims(store, url, kills=200 if long else 5, seed=seed)
             say(f"killed inside commits: {counts}")
             counts |= _full_disk(times=10 if long else 1, say=say)
             while long and time.monotonic() - started < READER_S:
@@ -156,7 +156,7 @@ def _full_disk(*, times: int, say: Callable[[str], None]) -> dict[str, int | flo
 def fill_and_free(disk: Path, times: int) -> dict[str, int | float]:
     """Fill the disk under a working service and free it again; each time it stops, says why, and goes on. Its spool is there, too."""
     work = Path(tempfile.mkdtemp(prefix="headrace-fault-08-work-"))
-    total = 400 * (times + 1)
+    total = 300 * times + 100
     with RedisServer() as redis:
         settings = Settings(
             model="echo", engine_frontend="echo_frontend:EchoFrontend", database_url=f"sqlite:///{disk}/db", redis_url=redis.url,
