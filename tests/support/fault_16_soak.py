@@ -79,13 +79,15 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
     return soak(minutes=60 if long else 0.15, seed=seed, say=say, database="postgres" if long else "sqlite")
 
 
-def soak(*, minutes: float, seed: int, say: Say, database: str) -> dict[str, int | float]:
-    """Let the stream flow for `minutes`; return the counts and raise AssertionError where something grew."""
+def soak(
+    *, minutes: float, seed: int, say: Say, database: str, enough: threading.Event | None = None
+) -> dict[str, int | float]:
+    """Let the stream flow for `minutes`, or until `enough` is set; return the counts and raise AssertionError where something grew."""
     folder = Path(tempfile.mkdtemp(prefix="headrace-soak-"))
     folder.chmod(0o711)  # PostgreSQL may run as another user
     try:
         with TinyService(folder, database=database, chunk_size=8, max_prompt_bytes=4096) as tiny:
-            counts = _Soak(tiny, seed=seed, say=say).run(minutes)
+            counts = _Soak(tiny, seed=seed, say=say, enough=enough or threading.Event()).run(minutes)
     except BaseException:
         say(f"the logs of every process are in {folder}")
         raise
@@ -94,8 +96,9 @@ def soak(*, minutes: float, seed: int, say: Say, database: str) -> dict[str, int
 
 
 class _Soak:
-    def __init__(self, tiny: TinyService, *, seed: int, say: Say) -> None:
+    def __init__(self, tiny: TinyService, *, seed: int, say: Say, enough: threading.Event) -> None:
         self._tiny = tiny
+        self._enough = enough
         self._seed = seed
         self._say = say
         self._tally = Tally()
@@ -124,13 +127,13 @@ class _Soak:
         assert not self._tally.errors, f"{len(self._tally.errors)} senders failed, the first of {self._tally.errors[0]!r}"
         left = self._tiny.service.store.count_open_prompts()
         assert left == 0, f"{left} prompts are open after the last batch ended"
-        return self._judge(minutes)
+        return self._judge(round(60 * self._samples[-1].hours, 2))
 
     def _watch(self, started: float, minutes: float) -> None:
         interval_s = min(SAMPLE_S, minutes * 60 / 40)
         next_minute, rows_before = 1, 0
-        while (gone_s := time.monotonic() - started) < minutes * 60 and not self._tally.errors:
-            self._stop.wait(interval_s)
+        while (gone_s := time.monotonic() - started) < minutes * 60 and not self._tally.errors and not self._enough.is_set():
+            self._enough.wait(interval_s)
             self._samples.append(self._look(gone_s / 3600))
             if gone_s >= 60 * next_minute or gone_s + interval_s >= minutes * 60:
                 self._report(next_minute, self._tally.rows - rows_before)
