@@ -9,19 +9,18 @@ from fault_ground import Ground, Say, ground, rest, texts
 from worker_process import HeadraceProcess, wait_for
 
 TITLE = "kill -9 of a worker, again and again"
-WORKERS = 3
 PAUSE_S = 0.35
 IN_FLIGHT = {"concurrency": 2, "chunk_size": 8}
 """What one kill costs is what is in flight: 16 prompts of each worker here."""
 
 
 def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
-    """Kill until enough have fallen, in the long form until the batch is over; three workers are there at any time."""
-    rows, kills = (20_000, 30) if long else (700, 2)
+    """Kill until enough have fallen, in the long form until the batch is over; so many workers are there at any time."""
+    rows, kills, workers = (20_000, 30, 3) if long else (400, 2, 2)
     draw = random.Random(seed)
     prompts = texts(rows)
     with ground(chunk_size=IN_FLIGHT["chunk_size"], dispatch_window=24) as field:
-        crew = Crew(field, draw)
+        crew = Crew(field, draw, workers)
         batch_id = field.service.submit(prompts)
         for worker in crew.workers:
             field.service.ready(worker)
@@ -43,12 +42,12 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
 
 
 class Crew:
-    """Three workers, one of which is killed now and then and replaced at once; measures how long its chunks lie."""
+    """Workers, one of which is killed now and then and replaced at once; measures how long its chunks lie."""
 
-    def __init__(self, field: Ground, draw: random.Random) -> None:
+    def __init__(self, field: Ground, draw: random.Random, workers: int) -> None:
         self._field = field
         self._draw = draw
-        self.workers: list[HeadraceProcess] = [self._hire() for _ in range(WORKERS)]
+        self.workers: list[HeadraceProcess] = [self._hire() for _ in range(workers)]
         self._orphans: list[tuple[float, dict[str, int]]] = []
         self.slowest_s = 0.0
 

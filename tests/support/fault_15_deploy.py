@@ -41,7 +41,7 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
     """Replace every worker by one of this release (three times over); no row may fail and none be computed twice."""
     if not long:
         with ground(chunk_size=8, drain_timeout_s=DRAIN_S) as field:
-            return roll(field, [field.worker(pause_s=0.5) for _ in range(2)], rounds=1, size=80, say=say)
+            return roll(field, [field.worker(pause_s=0.5)], rounds=1, size=80, say=say)
     redis_server, postgres = redis_of_this_process(), postgres_of_this_process()
     redis_server.flush()
     with ground() as other, postgres.database() as url:  # `other`: for its folder and its servers
