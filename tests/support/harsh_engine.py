@@ -90,9 +90,9 @@ def main() -> int:
     """Be a rank."""
     serve, run_engine = rank.serve, rank._run_engine
 
-    def run_harshly(options: Any, pipe: Any) -> None:
+    def run_harshly(options: Any, *rest: Any) -> None:
         rank.serve = lambda engine, pipe: serve(HarshEngine(engine, options.model_path), pipe)
-        run_engine(options, pipe)
+        run_engine(options, *rest)
 
     rank._run_engine = run_harshly
     return rank.main()
