@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,12 @@ def read(client: openai.OpenAI, batch: Batch) -> Batch:
 
 def answer(store: Store, *, model: str = "echo") -> None:
     """Answer every chunk that is there as a worker does: by the message, each prompt with its own config."""
-    for ref in store.next_chunks(model=model, limit=1000, grace_s=0):
+    refs = store.next_chunks(model=model, limit=1000, grace_s=0)
+    until = time.monotonic() + 1
+    while not refs and time.monotonic() < until:  # the API is at its own dispatch of them, and holds their rows
+        time.sleep(0.02)
+        refs = store.next_chunks(model=model, limit=1000, grace_s=0)
+    for ref in refs:
         message = store.chunk_message(ref)
         claim = store.claim_chunk(ref.chunk_id, worker="hand", lease_s=60)
         assert claim is not None
