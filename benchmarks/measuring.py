@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ledger
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Took(NamedTuple):
@@ -40,11 +36,6 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603, S607  # git, with words of our own
-    return done.stdout.strip()
-
-
 def record(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
     """Print and append one line."""
     cuda = arguments.device == "cuda"
@@ -55,12 +46,6 @@ def record(arguments: argparse.Namespace, fields: dict[str, Any]) -> None:
         "gpu" if cuda else "cpu": torch.cuda.get_device_name() if cuda else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": arguments.commit or git("rev-parse", "--short", "HEAD") or "unknown",
         "command": f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
     }
-    text = json.dumps(line)
-    print(text, flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
+    ledger.keep(arguments.out, line, at_commit=arguments.commit)

@@ -20,16 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import httpx
+import ledger
 import redis
 from servers import PostgresServer, RedisServer, free_port
 from service import Service
@@ -45,7 +42,6 @@ from worker_process import HeadraceProcess, wait_for
 from headrace.settings import Settings
 
 BOUNDARY = "headrace-million"
-RESULTS = ROOT / "benchmarks" / "results" / "million.jsonl"
 LINES_AT_ONCE = 2000
 
 
@@ -220,32 +216,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--own-configs", action="store_true", help="sampling parameters that differ from line to line")
     asked = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607  # git, with words of our own
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(RedisServer())
         for database, url in databases(stack, folder, asked.only):
-            load = round(os.getloadavg()[0], 1)  # of others: beside other work every figure is a lower bound
+            load = ledger.load()
             settings = Settings(
                 model="echo", engine_frontend="echo_frontend:EchoFrontend", redis_url=server.url, database_url=url, home=folder,
                 max_prompts=max(asked.lines, 1_000_000), spool_dir=folder / "spool",
             )  # fmt: skip
-            result = json.dumps(
-                {
-                    "engine": "echo",
-                    "database": database,
-                    "own_configs": asked.own_configs,
-                    "workers": asked.workers,
-                    **measure(settings, folder, server, asked),
-                    "device": f"{os.cpu_count()} CPU {platform.machine()}",
-                    "load_before": load,
-                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "commit": commit.stdout.strip(),
-                }
-            )
-            print(result, flush=True)
-            with RESULTS.open("a") as file:
-                file.write(result + "\n")
+            about = {"engine": "echo", "database": database, "own_configs": asked.own_configs, "workers": asked.workers}
+            ledger.keep("million", about | measure(settings, folder, server, asked) | ledger.host(load))
             server.flush()
 
 

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import httpx
+import ledger
 from servers import PostgresServer, RedisServer, free_port
 from service import Service
 from worker_process import HeadraceProcess, wait_for
@@ -229,33 +227,18 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="append the lines to benchmarks/results/service.jsonl")
     asked = parser.parse_args()
     missed: list[str] = []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607  # git, with words of our own
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         redis = stack.enter_context(RedisServer())
         for database, url in databases(stack, folder, asked.only):
-            load = round(os.getloadavg()[0], 1)  # of others: beside other work every figure is a lower bound
+            load = ledger.load()
             settings = Settings(
                 model="echo", engine_frontend="echo_frontend:EchoFrontend", redis_url=redis.url, database_url=url, home=folder
             )
             figures = measure(settings, folder, rows=asked.rows, million=asked.million)
-            line = json.dumps(
-                {
-                    "engine": "echo",
-                    "workload": f"{asked.rows} prompts of 7 words",
-                    "database": database,
-                    **figures,
-                    "device": f"{os.cpu_count()} CPU {platform.machine()}",
-                    "load_before": load,
-                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "commit": commit.stdout.strip(),
-                }
-            )
-            print(line, flush=True)
+            about = {"engine": "echo", "workload": f"{asked.rows} prompts of 7 words", "database": database}
+            ledger.keep("service", about | figures | ledger.host(load), append=asked.record)
             missed += judge(database, figures)
-            if asked.record:
-                with (ROOT / "benchmarks" / "results" / "service.jsonl").open("a") as file:
-                    file.write(line + "\n")
             redis.flush()
     return 1 if missed else 0
 

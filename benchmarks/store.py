@@ -10,8 +10,6 @@ group, with fsync on.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import resource
 import statistics
@@ -21,13 +19,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
+import ledger
 import sqlalchemy
 from servers import PostgresServer
 
@@ -134,26 +132,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("sqlite", "postgres"))
     arguments = parser.parse_args()
     for backend in (arguments.only,) if arguments.only else ("sqlite", "postgres"):
-        load = round(os.getloadavg()[0], 1)  # of others: beside other work every figure is a lower bound
+        load = ledger.load()
         figures = run(backend, arguments.rows, arguments.writers)
-        host = {
-            "cpus": os.cpu_count(),
-            "load_before": load,
-            "python": platform.python_version(),
-            "sqlalchemy": sqlalchemy.__version__,
-        }
         peak_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        line = {
-            "benchmark": "store",
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "backend": backend,
-            **figures,
-            "peak_rss_mb": peak_mb,
-            **host,
-        }
-        print(json.dumps(line))
-        with (ROOT / "benchmarks" / "results" / "store.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        about = {"benchmark": "store", "backend": backend} | figures | {"peak_rss_mb": peak_mb}
+        versions = {"python": platform.python_version(), "sqlalchemy": sqlalchemy.__version__}
+        ledger.keep("store", about | ledger.host(load) | versions)
 
 
 if __name__ == "__main__":

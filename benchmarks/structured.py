@@ -17,11 +17,9 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jsonschema
+import ledger
 import torch
 
 from engine.engine import Engine
@@ -165,18 +164,8 @@ def main() -> None:
     parser.add_argument("--commit", help="where there is no git to ask")
     arguments = parser.parse_args()
     row = measure(arguments)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603  # git, with words of our own
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{platform.machine()} CPU"
-    row |= {
-        "device": device,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": arguments.commit or commit.stdout.strip() or "unknown",
-    }
-    line = json.dumps(row)
-    print(line)
-    with (ROOT / "benchmarks" / "results" / "structured.jsonl").open("a", encoding="utf-8") as out:
-        out.write(line + "\n")
+    ledger.keep("structured", row | {"device": device}, at_commit=arguments.commit)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
+import ledger
 import psutil
 from servers import PostgresServer, RedisServer
 from service import Service
@@ -62,7 +58,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--concurrency", type=int, default=8)
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S607  # git, with words of our own
     with (
         tempfile.TemporaryDirectory() as name,
         RedisServer() as redis,
@@ -73,24 +68,10 @@ def main() -> None:
         echo = Settings(model="echo", engine_frontend="echo_frontend:EchoFrontend", redis_url=redis.url, home=folder)
         for database, database_url in (("sqlite", f"sqlite:///{folder}/headrace.db"), ("postgres", url)):
             settings = dataclasses.replace(echo, database_url=database_url)
-            load = os.getloadavg()[0]
+            load = ledger.load()
             figures = measure(settings, folder, rows=arguments.rows, concurrency=arguments.concurrency)
-            line = json.dumps(
-                {
-                    "engine": "echo",
-                    "workload": f"{arguments.rows} prompts of 7 words",
-                    "database": database,
-                    "concurrency": arguments.concurrency,
-                    **figures,
-                    "device": f"{os.cpu_count()} CPU {platform.machine()}",
-                    "load_before": round(load, 1),
-                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "commit": commit.stdout.strip(),
-                }
-            )
-            print(line)
-            with (ROOT / "benchmarks" / "results" / "worker.jsonl").open("a") as file:
-                file.write(line + "\n")
+            about = {"engine": "echo", "workload": f"{arguments.rows} prompts of 7 words", "database": database}
+            ledger.keep("worker", about | {"concurrency": arguments.concurrency} | figures | ledger.host(load))
 
 
 if __name__ == "__main__":

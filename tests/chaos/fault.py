@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import subprocess
 import sys
 import time
 import traceback
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "benchmarks" / "results" / "faults.jsonl"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path.append(str(ROOT / "benchmarks"))  # at the end: its kernels.py must not stand before the package
 
+import ledger  # noqa: E402
 from fault_ground import discover, load  # noqa: E402
 
 
@@ -53,32 +50,16 @@ def run_one(number: str, *, long: bool, seed: int, record: bool) -> bool:
     """Run one fault test, print its line and, when its promise held, record it."""
     module = load(number)
     print(f"{number} {module.TITLE}, seed {seed}{', long' if long else ''}", flush=True)
-    load_before, started = round(os.getloadavg()[0], 1), time.monotonic()
+    load_before, started = ledger.load(), time.monotonic()
     try:
         counts: dict[str, Any] = module.run(long=long, seed=seed, say=say)
     except Exception:  # one broken promise must not hide the others
         traceback.print_exc()
         print(json.dumps({"fault": number, "title": module.TITLE, "long": long, "seed": seed, "held": False}), flush=True)
         return False
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    line = json.dumps(
-        {
-            "fault": number,
-            "title": module.TITLE,
-            "long": long,
-            "seed": seed,
-            **counts,
-            "seconds": round(time.monotonic() - started, 1),
-            "device": f"{os.cpu_count()} CPU {platform.machine()}",
-            "load_before": load_before,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit.stdout.strip(),
-        }
-    )
-    print(line, flush=True)
-    if record:
-        with RECORD.open("a") as file:
-            file.write(line + "\n")
+    about = {"fault": number, "title": module.TITLE, "long": long, "seed": seed}
+    took = {"seconds": round(time.monotonic() - started, 1)}
+    ledger.keep("faults", about | counts | took | ledger.host(load_before), append=record)
     return True
 
 

@@ -10,20 +10,17 @@ with every process's log stays behind then. `--record` appends the line to bench
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path.append(str(ROOT / "benchmarks"))  # at the end: its kernels.py must not stand before the package
 
+import ledger  # noqa: E402
 from chaos import Storm  # noqa: E402
 
 
@@ -42,7 +39,7 @@ def main() -> int:
     parser.add_argument("--gap-s", type=float, default=1.0)
     parser.add_argument("--record", action="store_true")
     asked = parser.parse_args()
-    load = round(os.getloadavg()[0], 1)
+    load = ledger.load()
     folder = Path(tempfile.mkdtemp(prefix="headrace-chaos-"))
     folder.chmod(0o711)  # PostgreSQL may run as another user
     print(f"seed {asked.seed}, logs in {folder}", flush=True)
@@ -54,21 +51,8 @@ def main() -> int:
         except AssertionError as error:
             print(f"seed {asked.seed}: {error}\nlogs: {folder}", flush=True)
             return 1
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    line = json.dumps(
-        {
-            "workload": f"{asked.prompts} prompts, {asked.faults} faults",
-            **counts,
-            "device": f"{os.cpu_count()} CPU {platform.machine()}",
-            "load_before": load,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit.stdout.strip(),
-        }
-    )
-    print(line)
-    if asked.record:
-        with (ROOT / "benchmarks" / "results" / "chaos.jsonl").open("a") as file:
-            file.write(line + "\n")
+    about = {"workload": f"{asked.prompts} prompts, {asked.faults} faults"}
+    ledger.keep("chaos", about | counts | ledger.host(load), append=asked.record)
     shutil.rmtree(folder, ignore_errors=True)
     return 0
 

@@ -9,19 +9,18 @@ line with the slopes; exit status 1 when something grew. Ctrl-C ends it early, a
 from __future__ import annotations
 
 import argparse
-import json
 import signal
-import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path.append(str(ROOT / "benchmarks"))  # at the end: its kernels.py must not stand before the package
 
 import fault_16_soak  # noqa: E402
+import ledger  # noqa: E402
 
 
 def main() -> int:
@@ -31,11 +30,10 @@ def main() -> int:
     parser.add_argument("--database", choices=("postgres", "sqlite"), default="postgres")
     parser.add_argument("--record", action="store_true")
     asked = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     enough = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: enough.set())
-    started = time.monotonic()
+    load_before, started = ledger.load(), time.monotonic()
     try:
         counts = fault_16_soak.soak(
             minutes=asked.minutes,
@@ -47,17 +45,10 @@ def main() -> int:
     except AssertionError as error:
         print(f"seed {asked.seed}: {error}", flush=True)
         return 1
-    line = json.dumps(
-        {
-            "fault": "16", "title": fault_16_soak.TITLE, "long": counts["minutes"] >= 59, "database": asked.database, "seed": asked.seed,
-            **counts, "seconds": round(time.monotonic() - started, 1), "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit.stdout.strip(),
-        }
-    )  # fmt: skip
-    print(line, flush=True)
-    if asked.record:
-        with (ROOT / "benchmarks" / "results" / "faults.jsonl").open("a") as file:
-            file.write(line + "\n")
+    about = {"fault": "16", "title": fault_16_soak.TITLE, "long": counts["minutes"] >= 59}
+    about |= {"database": asked.database, "seed": asked.seed}
+    took = {"seconds": round(time.monotonic() - started, 1)}
+    ledger.keep("faults", about | counts | took | ledger.host(load_before), append=asked.record)
     return 0
 
 
