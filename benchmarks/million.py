@@ -22,12 +22,11 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
@@ -35,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import httpx
 import ledger
 import redis
-from servers import PostgresServer, RedisServer, free_port
+from servers import RedisServer
 from service import Service
-from worker_process import HeadraceProcess, wait_for
+from service_ground import StatusPoller, api_process, databases, memory_mib
 
 from headrace.settings import Settings
 
@@ -79,52 +78,6 @@ class Form:
         yield f"\r\n--{BOUNDARY}--\r\n".encode()
 
 
-class Poller:
-    """Asks for a batch's status 20 times a second, and keeps the times."""
-
-    def __init__(self, base_url: str, batch_id: str) -> None:
-        self._times_ms: list[float] = []
-        self._path = f"/v1/batches/{batch_id}"
-        self._base_url = base_url
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.batch: dict[str, Any] = {}
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        with httpx.Client(base_url=self._base_url, timeout=60) as http:
-            while not self._stop.wait(0.05):
-                started = time.perf_counter()
-                self.batch = http.get(self._path).raise_for_status().json()
-                self._times_ms.append(1e3 * (time.perf_counter() - started))
-
-    def take(self, name: str) -> dict[str, float]:
-        """Return the figures since the last call, and begin anew."""
-        times, self._times_ms = sorted(self._times_ms) or [0.0], []
-        at = {"p50": 0.5, "p99": 0.99}
-        figures = {f"status_{name}_{key}_ms": round(times[int(len(times) * share)], 2) for key, share in at.items()}
-        return {**figures, f"status_{name}_max_ms": round(times[-1], 1)}
-
-    def wait_while(self, *states: str, timeout_s: float) -> None:
-        """Return when the batch is in none of these states any more."""
-        deadline = time.monotonic() + timeout_s
-        while self.batch.get("status", states[0]) in states:
-            assert time.monotonic() < deadline, f"still {self.batch['status']} at {self.batch['request_counts']}"
-            time.sleep(0.02)
-
-
-def memory_mib(process: HeadraceProcess, field: str) -> float:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return round(next(int(text.split()[1]) for text in lines if text.startswith(field)) / 1024, 1)
-
-
 def download(http: httpx.Client, file_id: str, lines: int) -> None:
     """Read the output as it comes, and see that each custom_id is there once, with its own answer."""
     seen = bytearray(lines)
@@ -141,14 +94,11 @@ def download(http: httpx.Client, file_id: str, lines: int) -> None:
 
 def measure(settings: Settings, folder: Path, server: RedisServer, asked: argparse.Namespace) -> dict[str, Any]:
     """Run everything on one database and return its figures."""
-    service, port, lines = Service(settings, folder), free_port(), asked.lines
-    base_url = f"http://127.0.0.1:{port}"
-    arguments = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
+    service, lines = Service(settings, folder), asked.lines
     with ExitStack() as stack:
         link = stack.enter_context(redis.Redis.from_url(server.url))
-        api = stack.enter_context(HeadraceProcess(arguments, settings, folder / "api.log"))
+        api, base_url = stack.enter_context(api_process(settings, folder))
         http = stack.enter_context(httpx.Client(base_url=base_url, timeout=1800))
-        wait_for(lambda: "Uvicorn running" in api.log_tail(10**6), timeout_s=60, what="the API is up", process=api)
         workers = [stack.enter_context(service.worker(concurrency=8)) for _ in range(asked.workers)]
         for worker in workers:
             service.ready(worker)
@@ -170,16 +120,16 @@ def measure(settings: Settings, folder: Path, server: RedisServer, asked: argpar
         body = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
         batch = http.post("/v1/batches", json=body).raise_for_status().json()
         figures["accepted_s"] = round(time.perf_counter() - started, 3)
-        with Poller(base_url, batch["id"]) as poller:
+        with StatusPoller(base_url, batch["id"], a_second=20) as poller:
             poller.wait_while("validating", timeout_s=1800)
             seconds = time.perf_counter() - started
-            figures |= {"read_s": round(seconds, 2), "read_lines_per_s": round(lines / seconds), **poller.take("read")}
+            figures |= {"read_s": round(seconds, 2), "read_lines_per_s": round(lines / seconds), **poller.take("status_read")}
             figures["api_rss_mib_read"] = memory_mib(api, "VmHWM")
             say("read", figures)
             started = time.perf_counter()
             poller.wait_while("in_progress", "finalizing", timeout_s=3600)
             seconds = time.perf_counter() - started
-            figures |= {"answered_s": round(seconds, 1), "rows_per_s": round(lines / seconds), **poller.take("run")}
+            figures |= {"answered_s": round(seconds, 1), "rows_per_s": round(lines / seconds), **poller.take("status_run")}
         figures |= {"api_rss_mib_run": memory_mib(api, "VmHWM"), "worker_rss_mib": round(workers[0].rss_mib())}
         figures["redis_mib_highest"] = round((link.info("memory")["used_memory_peak"] - redis_empty) / 2**20, 1)
         say("answered", figures)
@@ -198,14 +148,6 @@ def measure(settings: Settings, folder: Path, server: RedisServer, asked: argpar
 
 def say(what: str, figures: dict[str, Any]) -> None:
     print(f"# {what}: {json.dumps(figures)}", file=sys.stderr, flush=True)
-
-
-def databases(stack: ExitStack, folder: Path, only: str | None) -> Iterator[tuple[str, str]]:
-    if only != "postgres":
-        yield "sqlite", f"sqlite:///{folder}/headrace.db"
-    if only != "sqlite":
-        server = stack.enter_context(PostgresServer(durable=True))
-        yield "postgres", stack.enter_context(server.database())
 
 
 def main() -> None:

@@ -21,21 +21,20 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import httpx
 import ledger
-from servers import PostgresServer, RedisServer, free_port
+from servers import RedisServer
 from service import Service
-from worker_process import HeadraceProcess, wait_for
+from service_ground import StatusPoller, api_process, databases, memory_mib
+from worker_process import HeadraceProcess
 
 from headrace.settings import Settings
 
@@ -66,47 +65,10 @@ def prompts(count: int) -> list[str]:
     return [f"prompt {index} with a few more words" for index in range(count)]
 
 
-class Poller:
-    """Asks for the newest batch's status 40 times a second, and keeps the times."""
-
-    def __init__(self, base_url: str) -> None:
-        self.times_ms: list[float] = []
-        self.batch_id: str | None = None
-        self._base_url = base_url
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        with httpx.Client(base_url=self._base_url, timeout=30) as http:
-            while not self._stop.wait(0.025):
-                if self.batch_id is not None:
-                    started = time.perf_counter()
-                    assert http.get(f"/v1/batches/{self.batch_id}").status_code == 200
-                    self.times_ms.append(1e3 * (time.perf_counter() - started))
-
-    def at(self, share: float) -> float:
-        """Return the time within which `share` of the polls were answered, in milliseconds."""
-        times = sorted(self.times_ms)
-        return round(times[int(len(times) * share)], 2)
-
-
 def post(http: httpx.Client, body: bytes) -> str:
     reply = http.post("/v1/batches", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 202, reply.text
     return str(reply.json()["id"])
-
-
-def highest_rss_mib(process: HeadraceProcess) -> int:
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
 def count_lines(http: httpx.Client, batch_id: str) -> int:
@@ -119,20 +81,19 @@ def count_lines(http: httpx.Client, batch_id: str) -> int:
 
 def measure_overhead(service: Service, http: httpx.Client, base_url: str, rows: int) -> dict[str, Any]:
     body = json.dumps({"prompts": prompts(BATCH)}).encode()
-    with service.worker(concurrency=8) as worker, Poller(base_url) as poller:
+    with service.worker(concurrency=8) as worker, StatusPoller(base_url) as poller:
         service.ready(worker)
         started = time.perf_counter()
         ids: list[str] = []
         for _ in range(rows // BATCH):
             ids.append(post(http, body))
             poller.batch_id = ids[-1]
-        submit_status_p99_ms = poller.at(0.99)
-        poller.times_ms.clear()
+        status = poller.take("submit_status")
         for batch_id in ids:
             service.wait_over(batch_id, worker, timeout_s=600)
         seconds = time.perf_counter() - started
         worker_mib = round(worker.rss_mib())
-        status = {"status_p50_ms": poller.at(0.5), "status_p99_ms": poller.at(0.99), "status_polls": len(poller.times_ms)}
+        status |= poller.take("status")
     started = time.perf_counter()
     streamed = sum(count_lines(http, batch_id) for batch_id in ids)
     stream_s = time.perf_counter() - started
@@ -143,7 +104,6 @@ def measure_overhead(service: Service, http: httpx.Client, base_url: str, rows: 
         "rows": streamed,
         "prompts_per_s": round(streamed / seconds),
         **status,
-        "submit_status_p99_ms": submit_status_p99_ms,
         "results_per_s": round(streamed / stream_s),
         "worker_rss_mib": worker_mib,
     }
@@ -151,11 +111,11 @@ def measure_overhead(service: Service, http: httpx.Client, base_url: str, rows: 
 
 def measure_million(service: Service, http: httpx.Client, api: HeadraceProcess, count: int) -> dict[str, Any]:
     body = json.dumps({"prompts": prompts(count)}).encode()
-    before = highest_rss_mib(api)
+    before = round(memory_mib(api, "VmHWM"))
     started = time.perf_counter()
     batch_id = post(http, body)
     accepted_s = time.perf_counter() - started
-    highest, after = highest_rss_mib(api), round(api.rss_mib())
+    highest, after = round(memory_mib(api, "VmHWM")), round(api.rss_mib())
     started = time.perf_counter()
     assert http.post(f"/v1/batches/{batch_id}/cancel").json()["request_counts"]["failed"] == count
     cancelled_s = time.perf_counter() - started
@@ -184,11 +144,7 @@ def measure_million(service: Service, http: httpx.Client, api: HeadraceProcess, 
 def measure(settings: Settings, folder: Path, *, rows: int, million: int) -> dict[str, Any]:
     """Run everything on one database and return its figures."""
     service = Service(settings, folder)
-    port = free_port()
-    base_url = f"http://127.0.0.1:{port}"
-    arguments = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
-    with HeadraceProcess(arguments, settings, folder / "api.log") as api, httpx.Client(base_url=base_url, timeout=600) as http:
-        wait_for(lambda: "Uvicorn running" in api.log_tail(10**6), timeout_s=60, what="the API is up", process=api)
+    with api_process(settings, folder) as (api, base_url), httpx.Client(base_url=base_url, timeout=600) as http:
         figures = measure_overhead(service, http, base_url, rows)
         if million:
             figures |= measure_million(service, http, api, million)
@@ -208,14 +164,6 @@ def judge(database: str, figures: dict[str, Any]) -> list[str]:
         if not is_met:
             missed.append(name)
     return missed
-
-
-def databases(stack: ExitStack, folder: Path, only: str | None) -> Iterator[tuple[str, str]]:
-    if only != "postgres":
-        yield "sqlite", f"sqlite:///{folder}/headrace.db"
-    if only != "sqlite":
-        server = stack.enter_context(PostgresServer(durable=True))
-        yield "postgres", stack.enter_context(server.database())
 
 
 def main() -> int:
