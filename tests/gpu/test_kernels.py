@@ -31,7 +31,7 @@ def test_attention(op: str, shape: tuple[int, int, int, int], dtype: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["decode_shares", "rms_norm", "silu_mul", "rotary", "blocks"])
+@pytest.mark.parametrize("op", ["decode_shares", "rms_norm", "all_reduce", "silu_mul", "rotary", "blocks"])
 def test_op(op: str, dtype: str) -> None:
     check(op, dtype)
 

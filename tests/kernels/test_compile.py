@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from kernel_cases import ATTENTION_SHAPES, attention_case, sampling_inputs
 from kernel_launches import Launch, compile_for, recorded
 
-from kernels.gpu import attention, blocks, rms_norm, rotary, sampling, silu_mul, token_masks
+from kernels.all_reduce import Peers
+from kernels.gpu import all_reduce, attention, blocks, rms_norm, rotary, sampling, silu_mul, token_masks
 
 # Bytes of shared memory that one program may take.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -36,6 +37,18 @@ def small_launches(dtype: torch.dtype) -> Iterator[Launch]:
             index = torch.zeros(3, dtype=torch.int64)
             for weight in (None, torch.zeros(head_dim, dtype=dtype)):
                 rotary.rotary_kv_write(q, k, v, torch.zeros(9, rotary_dim), index, index, cache, cache, weight, weight, 1e-6)
+    yield from launches
+
+
+def all_reduce_launches(size: int, dtype: torch.dtype) -> Iterator[Launch]:
+    with recorded() as launches:
+        for dim in (576, 8192):
+            parts = tuple(torch.zeros(3 * dim, dtype=dtype) for _ in range(size))
+            peers = Peers(1, parts, -32, torch.zeros(all_reduce.MAX_PROGRAMS, dtype=torch.int32))
+            all_reduce.one_shot(peers, 3, dim)
+            all_reduce.one_shot_add_rms_norm(peers, torch.zeros(3, dim, dtype=dtype), torch.zeros(dim, dtype=dtype), 1e-5)
+            all_reduce.two_shot(peers, 3, dim)
+            all_reduce.gather_columns(peers, 3, dim)
     yield from launches
 
 
@@ -69,6 +82,18 @@ def check(launches: Iterator[Launch], capability: int) -> None:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_small_ops(capability: int) -> None:
     check(small_launches(torch.bfloat16), capability)
+
+
+@pytest.mark.parametrize(("capability", "size", "dtype"), [(80, 2, "fp16"), (90, 2, "bf16"), (100, 4, "fp32")])
+def test_all_reduce(capability: int, size: int, dtype: str) -> None:
+    launches = list(all_reduce_launches(size, DTYPES[dtype]))
+    check(iter(launches), capability)
+    for launch in launches:
+        ptx = compile_for(launch, capability).asm["ptx"]
+        meetings = 1 if launch.name == "_one_shot_kernel" else 2
+        assert ptx.count("st.release.sys") == ptx.count("ld.acquire.sys") == meetings * (size - 1)
+        # What a rank reads of its peers lies behind the meeting.
+        assert "ld.global.cg" not in ptx.partition("ld.acquire.sys")[0]
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

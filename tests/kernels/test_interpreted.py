@@ -21,6 +21,10 @@ ROOT = Path(__file__).parents[2]
 OPS = [
     "rms_norm",
     "add_rms_norm",
+    "one_shot",
+    "one_shot_add_rms_norm",
+    "two_shot",
+    "gather_columns",
     "silu_mul",
     "rotary q",
     "rotary kv",

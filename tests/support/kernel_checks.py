@@ -21,8 +21,9 @@ import torch
 from kernel_cases import ATTENTION_SHAPES, ATTENTION_TOLERANCE, attention_case, naive_attention, relative_error, sampling_inputs
 from torch import Tensor
 
-from kernels import reference, reference_sampling
-from kernels.gpu import attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
+from kernels import reference, reference_all_reduce, reference_sampling
+from kernels.all_reduce import Peers
+from kernels.gpu import all_reduce, attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
 from kernels.gpu.decode_plan import DecodeShape, plan_decode
 from kernels.sampling import SamplingInputs
 
@@ -70,6 +71,33 @@ def check_rms_norm(scale: Scale) -> Iterator[Check]:
         out, new_residual = rms_norm.add_rms_norm(x, residual, weight, 1e-5)
         yield Check("add_rms_norm", case + " sum", relative_error(new_residual, total), 0.0)
         yield Check("add_rms_norm", case, relative_error(out, reference.rms_norm(total.double(), weight, 1e-5)), bound)
+
+
+def check_all_reduce(scale: Scale) -> Iterator[Check]:
+    """The arithmetic and the addresses, all parts in one memory and nobody waited for. Real peers: tests/gpu/test_tensor_parallel.py."""
+    shapes = [(1, 64), (3, 100)] if scale.small else [(1, 64), (63, 100), (257, 4096), (300, 8192)]
+    for dtype, size, (rows, dim) in itertools.product(scale.dtypes, (2, 4), shapes):
+        case, bound = f"{size} ranks {rows}x{dim} {dtype}", TOLERANCE[dtype]
+        parts = tuple(_randn(scale, dtype, rows * dim + 8) for _ in range(size))
+        before = [part.clone() for part in parts]
+        weight, residual = _randn(scale, dtype, dim), _randn(scale, dtype, rows, dim)
+        total = reference_all_reduce.one_shot(parts, rows, dim)
+        sums, gathered = all_reduce.one_shot(Peers(0, parts), rows, dim), reference_all_reduce.gather_columns(parts, rows, dim)
+        yield Check("one_shot", case, relative_error(sums, total), 0.0)
+        added = (total.double() + residual.double()).to(dtype)
+        out, new_residual = all_reduce.one_shot_add_rms_norm(Peers(1, parts), residual, weight, 1e-5)
+        yield Check("one_shot_add_rms_norm", case + " sum", relative_error(new_residual, added), 0.0)
+        yield Check("one_shot_add_rms_norm", case, relative_error(out, reference.rms_norm(added.double(), weight, 1e-5)), bound)
+        yield Check(
+            "gather_columns", case, relative_error(all_reduce.gather_columns(Peers(1, parts), rows, dim), gathered), 0.0
+        )
+        for rank in range(size):
+            sums = all_reduce.two_shot(Peers(rank, parts), rows, dim)
+        yield Check(
+            "two_shot", case, max(relative_error(part[: rows * dim], total.view(-1)) for part in (sums.view(-1), *parts)), 0.0
+        )
+        kept = max(relative_error(part[-8:], old[-8:]) for part, old in zip(parts, before, strict=True))
+        yield Check("two_shot", case + " behind it", kept, 0.0)
 
 
 def check_silu_mul(scale: Scale) -> Iterator[Check]:
@@ -281,6 +309,7 @@ def check_token_masks(scale: Scale) -> Iterator[Check]:
 
 CHECKS: dict[str, Callable[[Scale], Iterator[Check]]] = {
     "rms_norm": check_rms_norm,
+    "all_reduce": check_all_reduce,
     "silu_mul": check_silu_mul,
     "rotary": check_rotary,
     "blocks": check_blocks,

@@ -1,0 +1,69 @@
+"""Sums over the ranks of a tensor-parallel group, where every rank can read every rank's memory.
+
+Each op is called on all ranks in the same order with the same shapes. Knows nothing of how the memory came to be shared
+(`engine.peer_memory`), nor when a library's all-reduce is faster (`engine.sum_table`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels import reference_all_reduce as reference
+
+
+class Peers(NamedTuple):
+    """One region of the ranks' memory, as one of them sees it."""
+
+    rank: int
+    parts: tuple[Tensor, ...]
+    """Flat, one for each rank and all of a type: what that rank gives to the sum lies at its start. Their own rank's is written
+    before the op is called."""
+    flags_from: int = 0
+    """Where a rank's flags are: so many elements from its part's start."""
+    counts_P: Tensor | None = None
+    """int32 on the device, for this rank alone: how far each program has counted. None: nobody is waited for, the parts are
+    there (tests; on a CPU it is always so)."""
+
+
+def one_shot(peers: Peers, rows: int, dim: int) -> Tensor:
+    """Sum the ranks' [rows, dim] in the order of the ranks, in float32, rounded once. The parts stay.
+
+    A part may be written again behind a later op of any kind on another region.
+    """
+    if peers.parts[0].is_cuda:
+        from kernels.gpu import all_reduce as gpu
+
+        return gpu.one_shot(peers, rows, dim)
+    return reference.one_shot(peers.parts, rows, dim)
+
+
+def one_shot_add_rms_norm(peers: Peers, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of `one_shot`'s sum: (rms_norm(sum + residual), sum + residual), each rounded as the two ops would.
+
+    `residual_TD` [T, D] is contiguous, in the parts' type. Its sum may be written over it: read what is returned.
+    """
+    if peers.parts[0].is_cuda:
+        from kernels.gpu import all_reduce as gpu
+
+        return gpu.one_shot_add_rms_norm(peers, residual_TD, weight_D, eps)
+    return reference.one_shot_add_rms_norm(peers.parts, residual_TD, weight_D, eps)
+
+
+def two_shot(peers: Peers, rows: int, dim: int) -> Tensor:
+    """Sum as `one_shot` does, but give the sum in the parts' own memory, which all ranks' parts hold then."""
+    if peers.parts[0].is_cuda:
+        from kernels.gpu import all_reduce as gpu
+
+        return gpu.two_shot(peers, rows, dim)
+    return reference.two_shot(peers.parts, peers.rank, rows, dim)
+
+
+def gather_columns(peers: Peers, rows: int, columns: int) -> Tensor:
+    """Put the ranks' [rows, columns] side by side: [rows, ranks · columns]. The parts may be written again at once."""
+    if peers.parts[0].is_cuda:
+        from kernels.gpu import all_reduce as gpu
+
+        return gpu.gather_columns(peers, rows, columns)
+    return reference.gather_columns(peers.parts, rows, columns)
