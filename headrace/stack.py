@@ -5,7 +5,7 @@ Everything lives under one state directory, which one stack at a time holds by a
     lock          held while a stack runs on the directory
     stack.json    the URLs for clients, and the children (pid and birth) for the next stack to clear away after a kill -9
     headrace.db   SQLite, unless another database is named
-    redis/        the append-only file, unless another Redis is named
+    redis/        the append-only file and, in login.conf, the password, unless another Redis is named
     spool/        answers that the database could not take yet
     logs/         one file for each child, appended to
     flower-login  user:password of Flower, unless FLOWER_BASIC_AUTH names another
@@ -23,6 +23,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -34,7 +35,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 from headrace import login
 from headrace.errors import Conflict
@@ -46,6 +46,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STATE_DIR = Path(".headrace")
 MIGRATE_ARGUMENTS = ("-m", "headrace.cli", "migrate")
 REDIS_ARGUMENTS = ("--appendonly", "yes", "--save", "")
+REQUIRE = "requirepass "
+"""Redis's directive: in a file, which other users of the machine can't read as they can a command line."""
 FLOWER_COLUMNS = "name,uuid,state,args,result,received,runtime,worker"
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 STABLE_S = 60.0
@@ -60,7 +62,7 @@ class StackOptions:
     """For all children; `database_url` and `redis_url` are replaced where they are embedded."""
     state_dir: Path = DEFAULT_STATE_DIR
     host: str = "127.0.0.1"
-    """Where the API listens. Redis, which asks nobody who calls, and Flower stay on the loopback interface."""
+    """Where the API listens. Redis and Flower stay on the loopback interface."""
     api_port: int = 0
     redis_port: int = 0
     flower_port: int = 0
@@ -135,12 +137,16 @@ class Stack:
         self._redis_port = options.redis_port or free_port()
         self._api_port = options.api_port or free_port()
         self._flower_port = options.flower_port or free_port()
+        self._redis_login = state / "redis" / "login.conf"
+        self._redis_password = (login.kept(self._redis_login) or secrets.token_urlsafe(24)).removeprefix(REQUIRE)
         given = options.settings
         reachable = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host  # noqa: S104  # compared, not bound
         self.urls = StackUrls(
             api=f"http://{reachable}:{self._api_port}",
             database=f"sqlite:///{state}/headrace.db" if options.embedded_database else given.database_url,
-            redis=f"redis://127.0.0.1:{self._redis_port}/0" if options.embedded_redis else given.redis_url,
+            redis=f"redis://:{self._redis_password}@127.0.0.1:{self._redis_port}/0"
+            if options.embedded_redis
+            else given.redis_url,
             flower=f"http://127.0.0.1:{self._flower_port}" if options.flower else None,
         )
         model = given.model if not Path(given.model).is_dir() else str(Path(given.model).resolve())
@@ -282,11 +288,14 @@ class Stack:
             yield dataclasses.replace(flower, stop_timeout_s=2.0)
 
     def _redis(self) -> ChildSpec:
-        folder = self._state_dir / "redis"
+        folder = self._redis_login.parent
         folder.mkdir(exist_ok=True)
-        command = [find_redis(), "--port", str(self._redis_port), "--bind", "127.0.0.1", "--dir", str(folder)]
-        command += [*REDIS_ARGUMENTS, "--daemonize", "no"]
-        return ChildSpec(name="redis", command=command, log=self._log("redis"), is_ready=lambda: redis_answers(self.urls.redis))
+        if login.kept(self._redis_login) is None:
+            login.keep(self._redis_login, REQUIRE + self._redis_password)
+        command = [find_redis(), str(self._redis_login), "--port", str(self._redis_port), "--bind", "127.0.0.1"]
+        command += ["--dir", str(folder), *REDIS_ARGUMENTS, "--daemonize", "no"]
+        is_ready = partial(redis_answers, self.urls.redis)
+        return ChildSpec(name="redis", command=command, log=self._log("redis"), is_ready=is_ready)
 
     def _child(self, name: str, arguments: list[str], is_ready: Callable[[], bool]) -> ChildSpec:
         return ChildSpec(
@@ -363,10 +372,18 @@ def answers(url: str) -> bool:
 
 def redis_answers(url: str) -> bool:
     """Whether the server answers a PING, so its append-only file is loaded."""
-    parts = urlsplit(url)
+    return redis_trouble(url) is None
+
+
+def redis_trouble(url: str) -> str | None:
+    """Return why Redis doesn't answer, asked with the URL's password; None when it does."""
+    import redis
+
     try:
-        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 6379), timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
-    except OSError:
-        return False
+        with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
+            client.ping()
+    except redis.AuthenticationError:
+        return "it asks for a password, as in redis://:password@host:6379/0, and this URL has none or another"
+    except (redis.RedisError, OSError, ValueError) as error:
+        return str(error)
+    return None

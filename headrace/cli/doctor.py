@@ -160,10 +160,10 @@ def _engine() -> Iterator[Finding]:
 
 
 def _redis() -> Finding:
-    from headrace.cli.up import hide_password, redis_trouble
+    from headrace.cli.up import hide_password
     from headrace.process import StackError
     from headrace.settings import get_settings
-    from headrace.stack import find_redis
+    from headrace.stack import find_redis, redis_trouble
 
     if options.is_set("HEADRACE_REDIS_URL"):
         url = get_settings().redis_url

@@ -14,7 +14,7 @@ from typing import Any
 from headrace import login
 from headrace.cli import console, options
 from headrace.settings import check_redis_url
-from headrace.stack import Stack, StackOptions, port_or_free
+from headrace.stack import Stack, StackOptions, port_or_free, redis_trouble
 
 
 def add_commands(commands: Any) -> None:
@@ -88,8 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
     if urls.flower:
         where = login.VARIABLE if login.given() else f"{login.path_in(arguments.state_dir)} (user:password)"
         console.say(f"Flower  {urls.flower}, login: {where}")
+    password = f", password: {arguments.state_dir}/redis/login.conf" if stack.options.embedded_redis else ""
     console.say(
-        f"Redis   {hide_password(urls.redis)}\nSQL     {hide_password(urls.database)}\nlogs    {arguments.state_dir}/logs\nCtrl-C stops all of it."
+        f"Redis   {hide_password(urls.redis)}{password}\nSQL     {hide_password(urls.database)}\nlogs    {arguments.state_dir}/logs\nCtrl-C stops all of it."
     )
     if trouble := redis_trouble(urls.redis):
         console.say(
@@ -136,18 +137,6 @@ def spinner() -> Iterator[Steps]:
         yield steps
     finally:
         steps.stop()
-
-
-def redis_trouble(url: str) -> str | None:
-    """Return why Redis doesn't answer, asked with the URL's password; None when it does."""
-    import redis
-
-    try:
-        with redis.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3) as client:
-            client.ping()
-    except (redis.RedisError, OSError, ValueError) as error:
-        return str(error)
-    return None
 
 
 def hide_password(url: str) -> str:

@@ -17,13 +17,13 @@ from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.cli import console, main, parser
 from headrace.cli.batches import exit_code, refuse_bad_rows, write_results
 from headrace.cli.options import read_object, server_url
-from headrace.cli.up import hide_password, redis_trouble
+from headrace.cli.up import hide_password
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig
 from headrace.dataset import read_rows
 from headrace.errors import InvalidRequest
 from headrace.settings import get_settings
-from headrace.stack import find_redis
+from headrace.stack import find_redis, redis_trouble
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (

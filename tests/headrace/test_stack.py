@@ -27,7 +27,7 @@ from headrace import stack
 from headrace.errors import Conflict
 from headrace.process import Child, ChildSpec, StackError, birth, tail
 from headrace.settings import Settings
-from headrace.stack import Stack, StackOptions, find_redis, free_port, port_or_free, read_urls
+from headrace.stack import Stack, StackOptions, find_redis, free_port, port_or_free, read_urls, redis_trouble
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -99,9 +99,22 @@ def test_up_serves_survives_a_dead_worker_and_leaves_nothing_running(tmp_path: P
         with urllib.request.urlopen(urllib.request.Request(f"{urls['flower']}/workers", headers=known), timeout=10) as reply:
             assert reply.status == 200
         assert "flower-login" in (tmp_path / "up.log").read_text()
+        redis_login = state / "redis" / "login.conf"
+        password = redis_login.read_text().split()[1]
+        command = psutil.Process(worker_pids(state)["redis"]).cmdline()
+        port = re.findall(r":(\d+)", " ".join(command))[-1]
+        assert "asks for a password" in str(redis_trouble(f"redis://127.0.0.1:{port}/0"))
+        assert redis_trouble(f"redis://:{password}@127.0.0.1:{port}/0") is None
+        assert password not in " ".join(command)
         told = [tmp_path / "up.log", state / "stack.json", *(state / "logs").iterdir()]
-        assert not [file for file in told if login.partition(":")[2] in file.read_text(errors="replace")]
-        assert (state.stat().st_mode & 0o777, (state / "flower-login").stat().st_mode & 0o777) == (0o700, 0o600)
+        assert not [
+            file
+            for file in told
+            for secret in (login.partition(":")[2], password)
+            if secret in file.read_text(errors="replace")
+        ]
+        kept = [state, state / "flower-login", redis_login]
+        assert [path.stat().st_mode & 0o777 for path in kept] == [0o700, 0o600, 0o600]
 
         # A second stack on the same state directory would share the database and the append-only file.
         second = cli("up", "--state-dir", state, "--model", tiny_model_dir)
