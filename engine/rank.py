@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_READ_SIZE = 1 << 18
 _TICK_S = 1.0
 
 
@@ -86,8 +85,8 @@ class ParentPipe:
     def _read(self) -> None:
         try:
             frames = FrameReader()
-            while data := os.read(self._in, _READ_SIZE):
-                for message in frames.feed(data):
+            while (messages := frames.read(self._in)) is not None:
+                for message in messages:
                     self._inbox.put(message)
         except Exception:
             # With nobody reading, the process would never hear that its parent is gone.

@@ -42,6 +42,8 @@ def _environment() -> dict[str, str]:
     # grew by 30 KB a prompt, up to a gigabyte. Decode steps repeat theirs and stay cached.
     env.setdefault("LRU_CACHE_CAPACITY", "128")
     env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # Ranks share memory, never through NVLink multicast: sums don't need it, and it can be broken for a whole host by one program.
+    env.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     env["PYTHONUNBUFFERED"] = "1"
     return env
 
@@ -98,10 +100,9 @@ class RankProcess:
     def read(self) -> Iterable[Message] | None:
         """Read what is there; None at end of file."""
         try:
-            data = os.read(self.stdout, _READ_SIZE)
+            return self._frames.read(self.stdout)
         except BlockingIOError:
             return ()
-        return self._frames.feed(data) if data else None
 
     def read_stderr(self) -> bool:
         """Pass lines on to the log and keep the last ones; False at end of file."""
