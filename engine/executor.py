@@ -18,8 +18,10 @@ import torch
 
 from engine import kv_cache
 from engine.kv_cache import MemoryReport
+from engine.model_info import read_config
 from engine.models.decoder import Decoder, LayerCache
-from engine.models.loading import load_decoder
+from engine.models.loading import head_rows, load_decoder
+from engine.models.spec import ModelSpec
 from engine.options import EngineOptions
 from engine.parallel import (
     DistributedGroup,
@@ -58,6 +60,8 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     """Load this rank's weights, settle the size of the KV pool with the other ranks, and put the runner together."""
     dtype: torch.dtype = getattr(torch, options.dtype)
     watch = Stopwatch()
+    _connect(options, group, dtype=dtype, device=device)
+    watch.lap("connect")
     with torch.inference_mode():
         decoder = load_decoder(
             Path(options.model_path), dtype=dtype, device=device, group=group, max_positions=options.session_len + 1
@@ -95,6 +99,24 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         },
     )
     return _Rank(runner, memory, watch.seconds)
+
+
+def _connect(options: EngineOptions, group: ParallelGroup, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Let the ranks add up by reading each other's memory, where they are GPUs that can."""
+    if device.type != "cuda" or not isinstance(group, DistributedGroup):
+        return
+    from engine.peer_sums import connect  # its kernels need Triton
+
+    spec = ModelSpec.read(read_config(Path(options.model_path)))
+    group.sums = connect(
+        group,
+        dim=spec.hidden_size,
+        columns=head_rows(spec, group),
+        max_tokens=max(options.max_prefill_token_num, options.max_batch_size),
+        max_rows=options.max_batch_size,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _forward(options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache], table: StateTable) -> Forward:

@@ -7,14 +7,9 @@ captured graph. Knows nothing of requests, and nothing of how a kernel is cut (`
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import logging
-import os
-import tempfile
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -24,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from engine import measured_table
+from engine.captured_time import captured_us
 from engine.models.decoder import ROW_BUCKETS, Decoder, Layer
-from engine.models.residual import FewRows, ManyRows, Residual
 from engine.models.spec import ModelSpec
 from kernels import skinny_gemm
 
@@ -35,8 +31,6 @@ _WORTH_CHANGING = 0.99
 """Ours serves where it needs at most this share of cuBLAS's time: less may be noise."""
 _BYTES_TIMED = 1 << 29
 """Weights a timed graph reads at least, where the model has them: several times the L2 cache."""
-_REPEATS = 5
-_lock = threading.Lock()
 
 Prepared = Sequence[Future[None]]
 """Kernels that are being compiled."""
@@ -54,8 +48,9 @@ def prepare(spec: ModelSpec, *, ranks: int, dtype: torch.dtype, device: torch.de
 
     `spec` is this rank's share, one of `ranks`.
     """
-    if device.type != "cuda" or ranks > 1:
+    if device.type != "cuda":
         return ()
+    alone = ranks == 1  # among several ranks the sum takes the residual and the norm with it
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     around = {"norm": False, "gated": False, "bias": False, "residual": False}
     layers = (
@@ -63,12 +58,12 @@ def prepare(spec: ModelSpec, *, ranks: int, dtype: torch.dtype, device: torch.de
             **around,
             "width": heads + 2 * spec.num_kv_heads * spec.head_dim,
             "inner": hidden,
-            "norm": True,
+            "norm": alone,
             "bias": spec.qkv_bias,
         },
-        {**around, "width": hidden, "inner": heads, "residual": True, "bias": spec.output_bias},
-        {**around, "width": spec.intermediate_size, "inner": hidden, "norm": True, "gated": True, "bias": spec.mlp_bias},
-        {**around, "width": hidden, "inner": spec.intermediate_size, "residual": True, "bias": spec.mlp_bias},
+        {**around, "width": hidden, "inner": heads, "residual": alone, "bias": spec.output_bias},
+        {**around, "width": spec.intermediate_size, "inner": hidden, "norm": alone, "gated": True, "bias": spec.mlp_bias},
+        {**around, "width": hidden, "inner": spec.intermediate_size, "residual": alone, "bias": spec.mlp_bias},
     )
 
     def compiled(rows: int, layer: dict[str, Any]) -> None:
@@ -84,7 +79,7 @@ def prepare(spec: ModelSpec, *, ranks: int, dtype: torch.dtype, device: torch.de
 def with_table(decoder: Decoder, prepared: Prepared = (), *, path: Path | None = None) -> Decoder:
     """Return the decoder with the row buckets filled in that our kernels serve faster; measure them first if nobody has.
 
-    On a CPU, on several ranks, for repacked weights, and where Triton can't compile our kernels it stays as it is. `prepared`:
+    On a CPU, on ranks that can't reach each other's memory, for repacked weights, and where Triton can't compile our kernels it stays as it is. `prepared`:
     what is compiled meanwhile. `path`: another file than the user's.
     """
     buckets = servable(decoder)
@@ -106,15 +101,16 @@ def with_table(decoder: Decoder, prepared: Prepared = (), *, path: Path | None =
 
 
 def _times(decoder: Decoder, buckets: Sequence[int], path: Path) -> dict[int, Times]:
-    """Read the table, and measure and write what it doesn't hold."""
-    key = table_key(decoder)
-    with _lock:
-        times = read_times(path, key)
-        if any(bucket not in times for bucket in buckets):
-            with torch.cuda.device(decoder.norm_D.device), torch.inference_mode():
-                times = measure(decoder, buckets)
-            write_times(path, key, times)
-    return times
+    """Read the table, and measure and write what it doesn't hold: the same on every rank."""
+
+    def timed() -> measured_table.Rows:
+        with torch.cuda.device(decoder.norm_D.device), torch.inference_mode():
+            return _to_rows(measure(decoder, buckets))
+
+    rows = [str(bucket) for bucket in buckets]
+    return _from_rows(
+        measured_table.read_or_measure(decoder.group, path, table_key(decoder), rows, ("cublas_us", "ours_us"), timed)
+    )
 
 
 def faster(times: dict[int, Times]) -> frozenset[int]:
@@ -125,14 +121,15 @@ def faster(times: dict[int, Times]) -> frozenset[int]:
 def servable(decoder: Decoder) -> tuple[int, ...]:
     """Return the buckets whose rows our kernels can multiply by every matrix of the layers."""
     parts = [part for layer in decoder.layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-    if any(layer.output.group.size > 1 for layer in decoder.layers) or not all(part.weight.is_plain for part in parts):
+    summed = decoder.group.size == 1 or decoder.group.sums is not None
+    if not summed or not all(part.weight.is_plain for part in parts):
         return ()
     return tuple(rows for rows in ROW_BUCKETS if all(skinny_gemm.serves(rows, part.weight.plain) for part in parts))
 
 
 def table_path() -> Path:
     """Return the user's table."""
-    return Path(os.environ.get("HEADRACE_HOME") or "~/.cache/headrace").expanduser() / "gemm-table.json"
+    return measured_table.home() / "gemm-table.json"
 
 
 def table_key(decoder: Decoder) -> str:
@@ -149,6 +146,7 @@ def table_key(decoder: Decoder) -> str:
         torch.cuda.get_device_name(decoder.norm_D.device),
         f"torch {torch.__version__}",
         f"triton {triton.__version__}",
+        *([f"rank of {decoder.group.size}"] if decoder.group.size > 1 else []),
         f"kernels {hashlib.sha256(code).hexdigest()[:12]}",
         str(decoder.norm_D.dtype).removeprefix("torch."),
         " ".join(f"{rows}x{columns}" for rows, columns in shapes),
@@ -157,35 +155,33 @@ def table_key(decoder: Decoder) -> str:
 
 
 def read_times(path: Path, key: str) -> dict[int, Times]:
-    """Return the times that the table holds under `key`; nothing where it is missing or no table."""
+    """Read the times that the table holds under `key`; nothing where it is missing or no table."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))[key]
-        return {int(bucket): Times(float(of["cublas_us"]), float(of["ours_us"])) for bucket, of in rows.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _from_rows(measured_table.read(path, key))
+    except (ValueError, KeyError):
         return {}
 
 
 def write_times(path: Path, key: str, times: dict[int, Times]) -> None:
-    """Add to the table, in one rename. A table that can't be written is measured again next time."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table: dict[str, object] = {}
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            table = found if isinstance(found, dict) else {}
-        table[key] = {str(rows): {"cublas_us": round(of.cublas, 2), "ours_us": round(of.ours, 2)} for rows, of in times.items()}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(table, file, indent=1)
-        Path(file.name).replace(path)
+    """Add to the table. One that can't be written is measured again next time."""
+    measured_table.write(path, key, _to_rows(times))
+
+
+def _from_rows(rows: measured_table.Rows) -> dict[int, Times]:
+    return {int(bucket): Times(of["cublas_us"], of["ours_us"]) for bucket, of in rows.items()}
+
+
+def _to_rows(times: dict[int, Times]) -> dict[str, dict[str, float]]:
+    return {str(rows): {"cublas_us": of.cublas, "ours_us": of.ours} for rows, of in times.items()}
 
 
 def measure(decoder: Decoder, buckets: Sequence[int]) -> dict[int, Times]:
     """Time both ways for a full bucket of rows each, on the current device, which is the decoder's."""
-    layers, eps = _some(decoder.layers), decoder.spec.norm_eps
+    layers = _some(decoder.layers)
     times: dict[int, Times] = {}
     for rows in buckets:
         x_TD = _rows_of(decoder, rows, decoder.spec.hidden_size)
-        both = (_time(partial(_layers, decoder, layers, way, x_TD, eps)) / len(layers) for way in (ManyRows, FewRows))
+        both = (captured_us(partial(_layers, decoder, layers, few, x_TD)) / len(layers) for few in (False, True))
         times[rows] = Times(*both)
     log.info(
         "GEMMs of few rows timed; the table serves every engine on such a GPU from now on",
@@ -203,34 +199,11 @@ def _rows_of(decoder: Decoder, rows: int, width: int) -> Tensor:
     return torch.randn(rows, width, device=decoder.norm_D.device).to(decoder.norm_D.dtype)
 
 
-def _layers(
-    decoder: Decoder, layers: Sequence[Layer], way: Callable[[Tensor, float], Residual], x_TD: Tensor, eps: float
-) -> Tensor:
+def _layers(decoder: Decoder, layers: Sequence[Layer], few: bool, x_TD: Tensor) -> Tensor:  # noqa: FBT001  # bound by `partial`
     """Do what a step does, except that the queries stand in for what attention gives."""
-    stream = way(x_TD.clone(), eps)
+    stream = decoder.residual(x_TD.clone(), few=few)
     width = decoder.spec.num_heads * decoder.spec.head_dim
     for layer in layers:
         stream.add(layer.output, stream.read(layer.qkv, layer.input_norm_D)[:, :width])
         stream.add(layer.down, stream.read(layer.gate_up, layer.mlp_norm_D, gated=True))
     return stream.normed(decoder.norm_D)
-
-
-def _time(run: Callable[[], Tensor]) -> float:
-    """Microseconds of a replay: the least of a few."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        run()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            run()
-        best = float("inf")
-        for _ in range(_REPEATS):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            best = min(best, begin.elapsed_time(end) * 1e3)
-    torch.cuda.current_stream().wait_stream(stream)
-    return best

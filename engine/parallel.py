@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, though torch's stub doesn't say so
+
+if TYPE_CHECKING:
+    from engine.peer_sums import PeerSums
 
 _LOOPBACK = "127.0.0.1"
 _JOIN_TIMEOUT = timedelta(minutes=10)  # loading a large model from a slow disk, rank by rank
@@ -23,6 +26,8 @@ class ParallelGroup(Protocol):
 
     rank: int
     size: int
+    sums: PeerSums | None
+    """Faster sums for steps of few rows, where there are any: `engine.executor` fills it in."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum `x` over the ranks; may be in place. Every rank gets the same bits."""
@@ -36,6 +41,10 @@ class ParallelGroup(Protocol):
         """Give the smallest `value` of all ranks. For setting up: it waits for the device."""
         ...
 
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """Give rank 0's `values` on every rank: what was timed differs from rank to rank, what follows from it must not."""
+        ...
+
     def close(self) -> None:
         """Leave the group. May be called twice."""
         ...
@@ -46,6 +55,7 @@ class SingleRank:
 
     rank = 0
     size = 1
+    sums: PeerSums | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return `x`."""
@@ -58,6 +68,10 @@ class SingleRank:
     def smallest(self, value: int) -> int:
         """Return `value`."""
         return value
+
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """Return `values`."""
+        return list(values)
 
     def close(self) -> None:
         """Do nothing."""
@@ -90,6 +104,7 @@ class DistributedGroup:
         """Join the group; waits for all ranks."""
         self.rank = rank
         self.size = size
+        self.sums: PeerSums | None = None
         self._device = device
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_JOIN_TIMEOUT)
@@ -112,10 +127,17 @@ class DistributedGroup:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least.item())
 
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """Give rank 0's values on every rank."""
+        told = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.broadcast(told, src=0)
+        return [float(value) for value in told.tolist()]
+
     def close(self) -> None:
         """Leave the group."""
         if self._open:
             self._open = False
+            self.sums = None
             dist.destroy_process_group()
 
 

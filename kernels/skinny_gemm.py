@@ -21,19 +21,23 @@ def skinny_linear(
     eps: float = 0.0,
     residual_TO: Tensor | None = None,
     gated: bool = False,
+    out_TO: Tensor | None = None,
 ) -> Tensor:
     """Give x · Wᵀ + b [T, O], where x is normed first if there is a `norm_I`, gated and added to `residual_TO` where asked.
 
     `x_TI` float32, float16 or bfloat16 with a contiguous last dimension; `weight_OI` contiguous, in x's dtype. `gated`: the
     rows of W are gate and up, one below the other, and the result is silu(gate) · up, [T, O / 2]. Computed in float32; on a GPU the
-    normed rows are rounded to x's dtype where the tensor cores multiply them. The result may be written over `residual_TO`: read
-    what is returned. On a GPU only what `serves` says is served.
+    normed rows are rounded to x's dtype where the tensor cores multiply them. The result is written into `out_TO`, where
+    there is one, or it may be written over `residual_TO`: read what is returned. On a GPU only what `serves` says is served.
     """
     if x_TI.is_cuda:
         from kernels.gpu import skinny_gemm as gpu
 
-        return gpu.skinny_linear(x_TI, weight_OI, bias_O, norm_I=norm_I, eps=eps, residual_TO=residual_TO, gated=gated)
-    return reference_linear.skinny_linear(x_TI, weight_OI, bias_O, norm_I=norm_I, eps=eps, residual_TO=residual_TO, gated=gated)
+        return gpu.skinny_linear(
+            x_TI, weight_OI, bias_O, norm_I=norm_I, eps=eps, residual_TO=residual_TO, gated=gated, out_TO=out_TO
+        )
+    y_TO = reference_linear.skinny_linear(x_TI, weight_OI, bias_O, norm_I=norm_I, eps=eps, residual_TO=residual_TO, gated=gated)
+    return y_TO if out_TO is None else out_TO.copy_(y_TO)
 
 
 def serves(rows: int, weight_OI: Tensor) -> bool:

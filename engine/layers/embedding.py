@@ -32,5 +32,14 @@ class Head:
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         """Give logits [R, V] in the weight's type, the same on every rank: a float32 copy costs more than whoever reads them."""
-        logits_RV = self.group.all_gather_columns(self.weight(x_RD))
+        logits_RV = self._gathered(x_RD)
         return logits_RV[:, : self.vocab_size]
+
+    def _gathered(self, x_RD: Tensor) -> Tensor:
+        sums, rows = self.group.sums, len(x_RD)
+        columns = self.weight.plain.shape[0] if sums is not None else 0
+        part_RC = None if sums is None else sums.columns(rows, columns)
+        if sums is None or part_RC is None:
+            return self.group.all_gather_columns(self.weight(x_RD))
+        self.weight.into(part_RC, x_RD)
+        return sums.gather_columns(rows, columns)

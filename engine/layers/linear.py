@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.layers.matrix import Matrix
 from engine.parallel import ParallelGroup
+from kernels.skinny_gemm import skinny_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,11 @@ class RowLinear:
         out_TO = self.group.all_reduce(self.weight(x_TI))
         # The bias is added once, after the sum: added on every rank it would count `size` times.
         return out_TO if self.bias_O is None else out_TO + self.bias_O
+
+    def part(self, x_TI: Tensor, out_TO: Tensor, *, few: bool) -> None:
+        """Write this rank's part of the sum into `out_TO`; rank 0's has the bias. `few`: by the kernels for few rows."""
+        bias_O = self.bias_O if self.group.rank == 0 else None
+        if few:
+            skinny_linear(x_TI, self.weight.plain, bias_O, out_TO=out_TO)
+        else:
+            self.weight.into(out_TO, x_TI, bias_O)

@@ -48,6 +48,13 @@ class Matrix:
             return out_TO
         return F.linear(x_TI, self._weight, bias_O)
 
+    def into(self, out_TO: Tensor, x_TI: Tensor, bias_O: Tensor | None = None) -> None:
+        """Write [T, O] into `out_TO`. Only where `is_plain`."""
+        if bias_O is None:
+            torch.mm(x_TI, self.plain.t(), out=out_TO)
+        else:
+            torch.addmm(bias_O, x_TI, self.plain.t(), out=out_TO)
+
 
 def _has_onednn() -> bool:
     """Whether this build of torch has the two operators (the ones that torch.compile emits on a CPU)."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
-from engine.models.residual import FewRows, ManyRows, Residual
+from engine.models.residual import FewRows, ManyRows, RankRows, Residual
 from engine.models.spec import ModelSpec
+from engine.parallel import ParallelGroup
 from kernels.attention import AttentionMetadata, paged_attention, plan_attention
 from kernels.rotary import rotary_kv_write
 
@@ -104,9 +105,18 @@ class Decoder:
             stream.add(layer.down, stream.read(layer.gate_up, layer.mlp_norm_D, gated=True))
         return stream.normed(self.norm_D)
 
-    def residual(self, x_TD: Tensor) -> Residual:
-        """Start the residual stream of a step, in the way that its number of rows asks for."""
-        few = row_bucket(len(x_TD)) in self.few_rows
+    @property
+    def group(self) -> ParallelGroup:
+        """The ranks that share the model."""
+        return self.head.group
+
+    def residual(self, x_TD: Tensor, *, few: bool | None = None) -> Residual:
+        """Start the residual stream of a step, in the way that its number of rows asks for, or the given one."""
+        if few is None:
+            few = row_bucket(len(x_TD)) in self.few_rows
+        sums = self.group.sums
+        if sums is not None and len(x_TD) <= sums.most_rows:
+            return RankRows(x_TD, self.spec.norm_eps, sums, few=few)
         return (FewRows if few else ManyRows)(x_TD, self.spec.norm_eps)
 
     def _attend(self, layer: Layer, cache: LayerCache, qkv_TO: Tensor, inputs: StepInputs) -> Tensor:

@@ -37,6 +37,11 @@ def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group:
     return gemm_table.with_table(decoder, prepared)
 
 
+def head_rows(spec: ModelSpec, group: ParallelGroup) -> int:
+    """Return how many rows of the whole model's head each rank holds; the last ones may be beyond the vocabulary."""
+    return -(-spec.vocab_size // group.size)
+
+
 class _Loader:
     """Reads one rank's share, layer by layer."""
 
@@ -55,7 +60,7 @@ class _Loader:
         spec, group = self._spec, self._group
         shape = (spec.vocab_size, spec.hidden_size)
         embedding = Embedding(self._checkpoint.tensor(Part("model.embed_tokens.weight", shape)))
-        rows = -(-spec.vocab_size // group.size)
+        rows = head_rows(spec, group)
         mine = slice(min(group.rank * rows, spec.vocab_size), min((group.rank + 1) * rows, spec.vocab_size))
         missing = rows - (mine.stop - mine.start)
         if spec.tied and not missing:

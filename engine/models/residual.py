@@ -1,13 +1,14 @@
-"""The residual stream of a decoder, and how a step's sublayers read from it and add to it: one way for many rows, one for few.
+"""The residual stream of a decoder, and how a step's sublayers read from it and add to it: for many rows, for few, for one of many ranks.
 
-Both give the same mathematics with the same weights. Many rows: norm, product and activation are kernels of their own, and a
+All give the same mathematics with the same weights. Many rows: norm, product and activation are kernels of their own, and a
 sublayer's end is added in the pass that norms for the next. Few rows: each linear layer is one kernel, with what stands before and
-behind it (`kernels.skinny_gemm`). Knows nothing of attention, nor which of the two is faster.
+behind it (`kernels.skinny_gemm`). Ranks: each sublayer gives a part of a sum, which is added up, with the residual, in the pass that
+norms for the next (`engine.peer_sums`). Knows nothing of attention, nor which is faster.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from engine.layers.linear import ColumnLinear, RowLinear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.silu_mul import silu_mul
 from kernels.skinny_gemm import skinny_linear
+
+if TYPE_CHECKING:
+    from engine.peer_sums import PeerSums
 
 
 class Residual(Protocol):
@@ -91,3 +95,43 @@ class FewRows:
     def normed(self, norm_D: Tensor) -> Tensor:
         """See `Residual.normed`."""
         return rms_norm(self._residual_TD, norm_D, self._eps)
+
+
+class RankRows:
+    """A stream that is whole on every rank, beside it the parts that the last sublayer gave on each."""
+
+    def __init__(self, residual_TD: Tensor, eps: float, sums: PeerSums, *, few: bool) -> None:
+        """Start with the embedded tokens, which may be written over; `few`: the kernels for few rows multiply."""
+        self._residual_TD = residual_TD
+        self._eps = eps
+        self._sums = sums
+        self._few = few
+        self._has_parts = False
+
+    def read(self, linear: ColumnLinear, norm_D: Tensor, *, gated: bool = False) -> Tensor:
+        """See `Residual.read`."""
+        x_TD = self.normed(norm_D)
+        if self._few:
+            return skinny_linear(x_TD, linear.weight.plain, linear.bias_O, gated=gated)
+        y_TO = linear(x_TD)
+        return silu_mul(y_TO) if gated else y_TO
+
+    def add(self, linear: RowLinear, x_TI: Tensor) -> None:
+        """See `Residual.add`."""
+        assert not self._has_parts, "a part would be written over"
+        linear.part(x_TI, self._sums.part(len(x_TI)), few=self._few)
+        self._has_parts = True
+
+    def keep(self, rows_R: Tensor, x_TI: Tensor) -> Tensor:
+        """See `Residual.keep`."""
+        assert not self._has_parts, "rows are left between a sublayer and its sum"
+        self._residual_TD = self._residual_TD.index_select(0, rows_R)
+        return x_TI.index_select(0, rows_R)
+
+    def normed(self, norm_D: Tensor) -> Tensor:
+        """See `Residual.normed`."""
+        if not self._has_parts:
+            return rms_norm(self._residual_TD, norm_D, self._eps)
+        x_TD, self._residual_TD = self._sums.add_rms_norm(self._residual_TD, norm_D, self._eps)
+        self._has_parts = False
+        return x_TD

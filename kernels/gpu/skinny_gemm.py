@@ -223,12 +223,14 @@ def skinny_linear(
     eps: float,
     residual_TO: Tensor | None,
     gated: bool,
+    out_TO: Tensor | None = None,
     shape: SkinnyShape | None = None,
 ) -> Tensor:
     """See `kernels.skinny_gemm.skinny_linear`; the sum is written over `residual_TO`."""
     rows, inner = x_TI.shape
     width = len(weight_OI) // 2 if gated else len(weight_OI)
-    out_TO = torch.empty((rows, width), dtype=x_TI.dtype, device=x_TI.device) if residual_TO is None else residual_TO
+    if out_TO is None:
+        out_TO = torch.empty((rows, width), dtype=x_TI.dtype, device=x_TI.device) if residual_TO is None else residual_TO
     if shape is None:
         shape = choose_shape(rows=rows, width=width, inner=inner, itemsize=x_TI.element_size())
     if shape.dot and norm_I is not None:

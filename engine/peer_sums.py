@@ -1,0 +1,147 @@
+"""How the ranks of a group on GPUs add up what a step of so many rows gives: by our kernels over peer memory, or by NCCL.
+
+Which way is faster depends on the bytes and the links: it is timed once for each machine and kept (`engine.measured_table`). With two
+ranks every way gives the same bits; with more, NCCL's order of the sums is another. Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from engine import measured_table
+from engine.captured_time import captured_us
+from engine.peer_memory import PeerMemory, share_memory
+from kernels import all_reduce
+from kernels.rms_norm import add_rms_norm
+
+if TYPE_CHECKING:
+    from engine.parallel import DistributedGroup
+
+log = logging.getLogger(__name__)
+
+Way = Literal["one_shot", "two_shot", "nccl"]
+WAYS: tuple[Way, ...] = get_args(Way)
+_GATHER = 2
+_MOST_SUM_BYTES = 128 << 20
+_MOST_GATHER_BYTES = 512 << 20
+_CALLS = 8
+"""Sums in a timed graph; even, so that it ends on the region on which it doesn't begin."""
+
+
+class PeerSums:
+    """A rank's sums of [rows, dim]. Every rank makes the same calls in the same order."""
+
+    def __init__(self, group: DistributedGroup, memory: PeerMemory, *, dim: int, dtype: torch.dtype) -> None:
+        """Take the memory; until `choose_ways` nothing is served."""
+        self._group = group
+        self._memory = memory
+        self._dim = dim
+        self._dtype = dtype
+        self._device = memory.ranks[memory.rank].device
+        self._ways: tuple[tuple[int, Way], ...] = ()
+        self._turn = 0
+        self._regions = tuple(memory.peers(region, dtype) for region in range(3))
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that a region holds."""
+        return (self._memory.ends[0] - self._memory.starts[0]) // (self._dim * self._dtype.itemsize)
+
+    def way(self, rows: int) -> Way:
+        """Say how a step of so many rows is summed."""
+        return next((way for most, way in self._ways if rows <= most), "nccl")
+
+    def part(self, rows: int) -> Tensor:
+        """Give the [rows, dim] into which this rank writes its part of the next sum."""
+        return self._memory.part(self._turn, rows, self._dim, self._dtype)
+
+    def add_rms_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Add the parts and the residual up: (rms_norm(sum), sum). See `kernels.rms_norm.add_rms_norm`."""
+        return self._add_rms_norm(self.way(len(residual_TD)), residual_TD, weight_D, eps)
+
+    def _add_rms_norm(self, way: Way, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        # In turn, by calls and not by steps: what is captured holds an even number of them.
+        part_TD = self.part(len(residual_TD))
+        peers, self._turn = self._regions[self._turn], 1 - self._turn
+        if way == "one_shot":
+            return all_reduce.one_shot_add_rms_norm(peers, residual_TD, weight_D, eps)
+        if way == "two_shot":
+            return add_rms_norm(all_reduce.two_shot(peers, *residual_TD.shape), residual_TD, weight_D, eps)
+        return add_rms_norm(self._group.all_reduce(part_TD), residual_TD, weight_D, eps)
+
+    def columns(self, rows: int, columns: int) -> Tensor | None:
+        """Give the [rows, columns] into which this rank writes its part of what is gathered; None: too much for the region."""
+        if not self._memory.holds(_GATHER, rows * columns * self._dtype.itemsize):
+            return None
+        return self._memory.part(_GATHER, rows, columns, self._dtype)
+
+    def gather_columns(self, rows: int, columns: int) -> Tensor:
+        """Put the ranks' columns side by side."""
+        return all_reduce.gather_columns(self._regions[_GATHER], rows, columns)
+
+    def choose_ways(self, most_rows: int, *, path: Path | None = None) -> None:
+        """Settle which way serves how many rows up to `most_rows`; time them first if nobody has on such a machine."""
+        counts = sum_rows(min(most_rows, self.most_rows))
+        path = path or measured_table.home() / "sum-table.json"
+        rows = [str(count) for count in counts]
+        times = measured_table.read_or_measure(self._group, path, self._key(), rows, WAYS, partial(self._measure, counts))
+        self._ways = tuple((count, min(WAYS, key=times[str(count)].__getitem__)) for count in counts)
+        log.info(
+            "sums over the ranks: each size goes the way that was fastest",
+            extra={"event": "sums_chosen", "ways": {str(most): way for most, way in self._ways}, "us": times},
+        )
+
+    def _key(self) -> str:
+        device = torch.cuda.get_device_name(self._device)
+        version = ".".join(str(part) for part in torch.cuda.nccl.version())
+        of = str(self._dtype).removeprefix("torch.")
+        return f"{self._group.size} x {device}, torch {torch.__version__}, nccl {version}, {of} of {self._dim}"
+
+    def _measure(self, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+        with torch.inference_mode():
+            return {str(count): {way: self._time(way, count) for way in WAYS} for count in counts}
+
+    def _time(self, way: Way, rows: int) -> float:
+        """Microseconds of a sum with residual and norm, in a captured graph, as a step has it."""
+        device = self._device
+        residual_TD = torch.zeros((rows, self._dim), dtype=self._dtype, device=device)
+        weight_D = torch.ones(self._dim, dtype=self._dtype, device=device)
+
+        def run() -> None:
+            for _ in range(_CALLS):
+                self._add_rms_norm(way, residual_TD, weight_D, 1e-5)
+
+        self.part(rows).normal_()
+        return captured_us(run) / _CALLS
+
+
+def sum_rows(most: int) -> tuple[int, ...]:
+    """Return the row counts to time: powers of four and the largest."""
+    return tuple(sorted({*(rows for rows in (1, 4, 16, 64, 256, 1024, 4096) if rows < most), most}))
+
+
+def connect(
+    group: DistributedGroup, *, dim: int, columns: int, max_tokens: int, max_rows: int, dtype: torch.dtype, device: torch.device
+) -> PeerSums | None:
+    """Make the sums of a model with `dim` hidden columns whose head gives `columns` on each rank; None where NCCL must do.
+
+    `max_tokens`: rows of the largest step; `max_rows`: rows that reach the head at once.
+    """
+    memory = share_memory(
+        group,
+        device=device,
+        sum_bytes=min(max_tokens * dim * dtype.itemsize, _MOST_SUM_BYTES),
+        gather_bytes=min(max_rows * columns * dtype.itemsize, _MOST_GATHER_BYTES),
+    )
+    if memory is None:
+        return None
+    sums = PeerSums(group, memory, dim=dim, dtype=dtype)
+    sums.choose_ways(max_tokens)
+    return sums

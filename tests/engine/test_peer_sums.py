@@ -1,0 +1,146 @@
+"""Sums over peer memory, two ranks in lock step in one process: the mathematics of one rank, regions in turn, ways by a table.
+
+Real ranks on real GPUs: tests/gpu/test_tensor_parallel.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_model
+from torch import Tensor
+
+from engine import measured_table
+from engine.models.decoder import Decoder
+from engine.models.loading import load_decoder
+from engine.models.residual import ManyRows, RankRows
+from engine.parallel import SingleRank
+from engine.peer_memory import PeerMemory
+from engine.peer_sums import PeerSums, sum_rows
+
+SIZE = 2
+REGION = 1 << 14
+
+
+class Rank(SingleRank):
+    """One rank of a group whose members take turns in one process."""
+
+    size = SIZE
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+def memories() -> list[PeerMemory]:
+    ranks = tuple(torch.full((4 * REGION,), 255, dtype=torch.uint8) for _ in range(SIZE))
+    starts, ends = (REGION, 2 * REGION, 3 * REGION), (2 * REGION, 3 * REGION, 4 * REGION)
+    return [PeerMemory(rank, ranks, None, starts, ends, None) for rank in range(SIZE)]
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), request.param, attention_bias=True)
+
+
+def load(path: Path, group: SingleRank) -> Decoder:
+    # Not float32: on a CPU its weights are repacked.
+    return load_decoder(path, dtype=torch.float64, device=torch.device("cpu"), group=group, max_positions=64)
+
+
+def sums(*ways: tuple[int, str]) -> list[PeerSums]:
+    made = [PeerSums(Rank(rank), one, dim=64, dtype=torch.float64) for rank, one in enumerate(memories())]
+    for one in made:
+        one._ways = ways
+    return made
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_ranks_give_what_one_gives(model: Path, few: bool) -> None:
+    whole = load(model, SingleRank())
+    decoders = [load(model, Rank(rank)) for rank in range(SIZE)]
+    x = torch.randn(3, whole.spec.hidden_size, dtype=torch.float64)
+    alone = ManyRows(x.clone(), whole.spec.norm_eps)
+    streams = [RankRows(x.clone(), whole.spec.norm_eps, one, few=few) for one in sums((8, "one_shot"))]
+    for index, layer in enumerate(whole.layers):
+        mine = [decoder.layers[index] for decoder in decoders]
+        heads = [stream.read(part.qkv, part.input_norm_D) for stream, part in zip(streams, mine, strict=True)]
+        out = alone.read(layer.qkv, layer.input_norm_D)[:, : layer.output.weight.plain.shape[1]]
+        torch.testing.assert_close(torch.cat([one[:, : out.shape[1] // SIZE] for one in heads], dim=1), out)
+        if index == whole.spec.num_layers - 1:
+            rows = torch.tensor([2, 0])
+            out = alone.keep(rows, out)
+            heads = [stream.keep(rows, one) for stream, one in zip(streams, heads, strict=True)]
+        alone.add(layer.output, out)
+        for stream, part, one in zip(streams, mine, heads, strict=True):
+            stream.add(part.output, one[:, : out.shape[1] // SIZE])
+        gated = [stream.read(part.gate_up, part.mlp_norm_D, gated=True) for stream, part in zip(streams, mine, strict=True)]
+        alone.add(layer.down, alone.read(layer.gate_up, layer.mlp_norm_D, gated=True))
+        for stream, part, one in zip(streams, mine, gated, strict=True):
+            stream.add(part.down, one)
+    ends = [stream.normed(whole.norm_D) for stream in streams]
+    assert torch.equal(*ends)  # the same bits on every rank
+    torch.testing.assert_close(ends[0], alone.normed(whole.norm_D))
+
+
+def test_the_head_is_gathered_where_it_fits(model: Path) -> None:
+    whole = load(model, SingleRank())
+    decoders = [load(model, Rank(rank)) for rank in range(SIZE)]
+    x = torch.randn(3, whole.spec.hidden_size, dtype=torch.float64)
+    made = sums()
+    columns = decoders[0].head.weight.plain.shape[0]
+    for one, decoder in zip(made, decoders, strict=True):
+        part = one.columns(3, columns)
+        assert part is not None
+        decoder.head.weight.into(part, x)
+    torch.testing.assert_close(made[1].gather_columns(3, columns)[:, : whole.spec.vocab_size], whole.head(x))
+    assert made[0].columns(REGION, columns) is None
+
+
+def test_regions_are_used_in_turn_and_end_where_they_began() -> None:
+    (first, second) = sums((8, "one_shot"))
+    residual, weight = torch.zeros(1, 64, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
+    places = []
+    for _ in range(4):
+        part: Tensor = first.part(1)
+        places.append(part.data_ptr())
+        part.fill_(1.0)
+        second.part(1).fill_(2.0)
+        first.add_rms_norm(residual, weight, 1e-5)
+        _, total = second.add_rms_norm(residual.clone(), weight, 1e-5)
+        assert total.tolist() == [[3.0] * 64]
+    assert places[0] == places[2] != places[1] == places[3]
+
+
+def test_a_size_goes_the_way_of_the_next_one_that_was_timed() -> None:
+    (one, _) = sums((4, "one_shot"), (16, "two_shot"))
+    assert [one.way(rows) for rows in (1, 4, 5, 16, 17)] == ["one_shot", "one_shot", "two_shot", "two_shot", "nccl"]
+    assert one.most_rows == REGION // (64 * 8)
+    assert sum_rows(1) == (1,)
+    assert sum_rows(100) == (1, 4, 16, 64, 100)
+
+
+def test_ways_are_timed_once_and_are_rank_zeros(tmp_path: Path) -> None:
+    path, calls = tmp_path / "table.json", []
+
+    def measure() -> dict[str, dict[str, float]]:
+        calls.append(1)
+        return {"1": {"a": 1.0, "b": 2.25}, "4": {"a": 3.0, "b": 4.0}}
+
+    def ask(group: SingleRank, rows: Sequence[str] = ("1", "4")) -> measured_table.Rows:
+        return measured_table.read_or_measure(group, path, "key", rows, ("a", "b"), measure)
+
+    assert ask(SingleRank()) == ask(SingleRank()) == {"1": {"a": 1.0, "b": 2.25}, "4": {"a": 3.0, "b": 4.0}}
+    assert len(calls) == 1
+    assert ask(SingleRank(), ("1", "16"))["16"] == {"a": 0.0, "b": 0.0}
+    assert len(calls) == 2
+
+    class Told(Rank):
+        def agreed(self, values: Sequence[float]) -> list[float]:
+            return [7.0] * len(values)
+
+    # Rank 1 reads no file: rank 0 has said that it knows (7 is true) and what.
+    assert ask(Told(1)) == {"1": {"a": 7.0, "b": 7.0}, "4": {"a": 7.0, "b": 7.0}}
+    assert len(calls) == 2
