@@ -65,7 +65,7 @@ class Sampled(NamedTuple):
     tokens_Q: Tensor
     """int64."""
     best_Q: Tensor
-    """The largest logit, in the logits' type: where it isn't finite nothing could be drawn, and the token means nothing."""
+    """The largest logit: where it isn't finite nothing could be drawn, and the token means nothing."""
     reports: tuple[int, ...]
     """Which rows asked for log-probabilities."""
     widths: tuple[int, ...]
@@ -202,7 +202,7 @@ class Sampler:
             self._edit(logits_QV, rows, [(number, self._edits[rows.host[number].slot]) for number in editing], token_ids_SL)
         if _Trait.ENDS in asked:
             hold_back(logits_QV, rows.slots_Q, rows.output_indices_Q, self._until_S, self._ends_SE)
-        tokens_Q = sample(
+        tokens_Q, best_Q = sample(
             logits_QV,
             self._inputs(rows),
             any_random=_Trait.RANDOM in asked,
@@ -210,7 +210,6 @@ class Sampler:
             any_top_p=_Trait.TOP_P in asked,
             any_min_p=_Trait.MIN_P in asked,
         )
-        best_Q = logits_QV.amax(dim=-1)
         if not reports:
             return Sampled(tokens_Q, best_Q, (), (), None)
         widths = tuple(self._widths[rows.host[number].slot] for number in reports)

@@ -63,6 +63,16 @@ class PenaltyInputs(NamedTuple):
     """int64: the logits row of each entry, none twice; None = entry i is row i."""
 
 
+class Drawn(NamedTuple):
+    """What R rows drew."""
+
+    tokens_R: Tensor
+    """int64."""
+    best_R: Tensor
+    """float32: the row's largest logit, NaN if it holds one. Where this isn't finite (a NaN, an overflow, nothing but minus infinity)
+    nothing could be drawn: the token is a valid id that means nothing."""
+
+
 class TokenLogprobs(NamedTuple):
     """Log probabilities under the logits as given."""
 
@@ -82,26 +92,20 @@ def sample(
     any_top_k: bool = True,
     any_top_p: bool = True,
     any_min_p: bool = True,
-) -> Tensor:
-    """Choose one token a row; gives int64 [R]. `logits_RV` has a contiguous last dimension and is not changed.
+) -> Drawn:
+    """Choose one token a row. `logits_RV` has a contiguous last dimension and is not changed.
 
     Logits may be float32, bfloat16 or float16: each is read as the float32 that it stands for, so the tokens are those of
     a float32 copy, which costs more than the reading.
     The flags say whether any row of the step is not greedy, or uses a filter: what is false is not computed (and a row
-    that used it all the same would be computed without it). Ties for the largest logit go to the lowest id. A row for
-    which `has_nan` is true gets a token that means nothing, but a valid id.
+    that used it all the same would be computed without it). Ties for the largest logit go to the lowest id.
     """
     flags = (any_random, any_top_k, any_top_p, any_min_p)
     if logits_RV.is_cuda:
         from kernels.gpu import sampling as gpu
 
-        return gpu.sample(logits_RV, inputs, *flags)
-    return reference_sampling.sample(logits_RV, inputs, *flags)
-
-
-def has_nan(logits_RV: Tensor) -> Tensor:
-    """Say, as bool [R], which rows no token can be drawn from: they hold a NaN or +inf, or nothing but -inf. Any float type."""
-    return ~torch.isfinite(logits_RV.amax(dim=-1))
+        return Drawn(*gpu.sample(logits_RV, inputs, *flags))
+    return Drawn(reference_sampling.sample(logits_RV, inputs, *flags), logits_RV.amax(dim=-1).float())
 
 
 def apply_penalties(logits_RV: Tensor, inputs: PenaltyInputs) -> None:

@@ -75,7 +75,7 @@ def _combine(
     tl.store(p_to + o_g[:, None] * H + o_h[None, :], b_out.to(p_to.dtype.element_ty), mask=m_gh)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def _decode_kernel(
     p_q, p_k_cache, p_v_cache, p_tables, p_units, p_arrivals, p_out, p_partial, p_lse, q_token, q_head, table_stride, scale, window,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_2: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr, H: tl.constexpr,

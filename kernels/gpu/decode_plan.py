@@ -76,7 +76,7 @@ def _parts(p_lens, o_r, R, window, cap, TILE: tl.constexpr, WINDOW: tl.constexpr
     return b_context, b_low, b_tiles, tl.where(o_r < R, b_parts, 0), b_size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "window", "share_of", "least", "num_units", "num_arrivals"])
 def _plan_kernel(
     p_lens, p_units, p_arrivals, R, window, share_of, least, num_units, num_arrivals,
     TILE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr,

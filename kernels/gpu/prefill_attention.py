@@ -2,6 +2,8 @@
 
 A program takes BLOCK_M query tokens of one row and one head. Programs of one query block and all heads run side by side, so
 that a group's heads find its keys in the L2 cache; the last blocks of a row, which see the most, start first.
+
+What changes from step to step is no reason to compile anew (see `kernels.gpu`).
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def _prefill_tile(
     return b_acc, b_sum, b_new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window", "first_row"])
 def _prefill_kernel(
     p_q, p_k_cache, p_v_cache, p_tables, p_starts, p_lens, p_out, q_token, q_head, table_stride, scale, window, first_row,
     N: tl.constexpr, K: tl.constexpr, S: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, BLOCK_M: tl.constexpr,

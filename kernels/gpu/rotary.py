@@ -49,7 +49,7 @@ def _rotate_heads(
         tl.store(p_to + o_n[:, None] * to_stride + o_r[None, :], b_rest.to(p_to.dtype.element_ty), mask=m_nr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_positions", "p_slots"])
 def _rotary_kernel(
     p_q, p_k, p_v, p_out, p_k_cache, p_v_cache, p_angles, p_positions, p_slots, p_q_norm, p_k_norm, eps,
     q_token, q_head, k_token, k_head, v_token, v_head, angle_stride,

@@ -6,7 +6,8 @@ much smaller: the few values not below it are copied out, in vocabulary order, a
 among them in registers. Top-p alone is looked for among the CANDIDATES / 2 largest in the same way. Only a row that keeps more
 than fit (a flat distribution, a huge k) searches its threshold over the whole vocabulary.
 
-Thresholds are searched by bisection over the floats' bits, which as integers are ordered like the floats.
+Thresholds are searched by bisection over the floats' bits, which as integers are ordered like the floats; of logits in 16 bits
+only as many bits as tell them apart.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ from torch import Tensor
 if TYPE_CHECKING:
     from kernels.sampling import SamplingInputs
 
+_EMPTY_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+"""Low bits that are zero in a float32 made of each type: a search over them would find nothing."""
 _GROUPS = 2048
 _CANDIDATES = 2048
 
 
 @triton.jit
-def _key(x):
-    """An int32 for each float32, in the same order (-0 counts as 0)."""
+def _key(x, SHIFT: tl.constexpr):
+    """An int32 for each float32 whose low SHIFT bits are zero, in the same order (-0 counts as 0)."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @triton.jit
-def _value(key):
+def _value(key, SHIFT: tl.constexpr):
     """The float32 of a `_key`."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    bits = (key << SHIFT) | ((key >> 31) & ((1 << SHIFT) - 1))
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -45,9 +49,8 @@ def _middle(low, high):
 
 
 @triton.jit
-def _kth_key(b_key, k):
-    """The k-th largest of a block of keys."""
-    low = tl.min(b_key, axis=0)
+def _kth_key(b_key, k, low):
+    """The k-th largest of a block of keys, or `low` if that is larger."""
     high = tl.max(b_key, axis=0)
     while low < high:
         middle = _middle(low, high)
@@ -59,9 +62,8 @@ def _kth_key(b_key, k):
 
 
 @triton.jit
-def _nucleus_key(b_key, b_weight, bound):
-    """The smallest key t for which the weight of all keys greater than t is at most `bound`."""
-    low = tl.min(b_key, axis=0)
+def _nucleus_key(b_key, b_weight, bound, low):
+    """The smallest key t, from `low` up, for which the weight of all keys greater than t is at most `bound`."""
     high = tl.max(b_key, axis=0)
     while low < high:
         middle = _middle(low, high) - 1
@@ -87,17 +89,26 @@ def _weights(p_row, start, scale, best, threshold, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _or_nan(best, b_nan):
+    """The largest value, or NaN where any was seen: a maximum passes over it."""
+    return tl.where(tl.max(b_nan, axis=0) > 0, float("nan"), best)
+
+
+@triton.jit
 def _argmax(p_row, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Lowest index of the row's largest value."""
+    """Lowest index of the row's largest value, and that value: NaN if the row holds one."""
     b_best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     b_at = tl.zeros([BLOCK], dtype=tl.int32)
+    b_nan = tl.zeros([BLOCK], dtype=tl.int32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         o_v = start + tl.arange(0, BLOCK)
         b_x = _values(p_row, start, V, BLOCK)
         m_v = b_x > b_best
         b_best = tl.where(m_v, b_x, b_best)
         b_at = tl.where(m_v, o_v, b_at)
-    return tl.min(tl.where(b_best == tl.max(b_best, axis=0), b_at, 0x7FFFFFFF), axis=0)
+        b_nan |= (b_x != b_x).to(tl.int32)
+    best = tl.max(b_best, axis=0)
+    return tl.min(tl.where(b_best == best, b_at, 0x7FFFFFFF), axis=0), _or_nan(best, b_nan)
 
 
 @triton.jit
@@ -139,8 +150,8 @@ def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr,
 
     Two bits a pass over the whole row: the rare, slow way. `floor` must hold more than the bound.
     """
-    low = _key(floor)
-    high = _key(best)
+    low = _key(floor, 0)
+    high = _key(best, 0)
     while low < high:
         span = high.to(tl.int64) - low.to(tl.int64)
         i_1 = (low + (span + 3) // 4).to(tl.int32)
@@ -151,7 +162,7 @@ def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr,
         held_3 = 0.0
         for start in range(0, V, BLOCK):
             b_x = _values(p_row, start, V, BLOCK)
-            b_key = _key(b_x)
+            b_key = _key(b_x, 0)
             if COUNT:
                 b_weight = (b_x > float("-inf")).to(tl.float32)
             else:
@@ -169,19 +180,22 @@ def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr,
             high = i_2 - 1
         else:
             high = i_1 - 1
-    return _value(low)
+    return _value(low, 0)
 
 
 @triton.jit
-def _argmax_kernel(p_logits, p_out, row_stride, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _argmax_kernel(p_logits, p_out, p_best, row_stride, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
-    tl.store(p_out + i_row, _argmax(p_logits + i_row * row_stride, V, BLOCK, STAGES).to(tl.int64))
+    at, best = _argmax(p_logits + i_row * row_stride, V, BLOCK, STAGES)
+    tl.store(p_out + i_row, at.to(tl.int64))
+    tl.store(p_best + i_row, best)
 
 
 @triton.jit
 def _first_pass(p_row, scale, V, GROUPS: tl.constexpr, STAGES: tl.constexpr, MASS: tl.constexpr):
-    """Give the groups' largest values [GROUPS] and, where MASS, the row's weight over its largest value (else 0)."""
+    """Give the groups' largest values [GROUPS], whether they hold a NaN, and, where MASS, the row's weight over its largest value (else 0)."""
     b_best = tl.full([GROUPS], float("-inf"), dtype=tl.float32)
+    b_nan = tl.zeros([GROUPS], dtype=tl.int32)
     mass = 0.0
     if MASS:
         b_mass = tl.zeros([GROUPS], dtype=tl.float32)
@@ -191,11 +205,14 @@ def _first_pass(p_row, scale, V, GROUPS: tl.constexpr, STAGES: tl.constexpr, MAS
             b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_mass = b_mass * tl.exp2((b_best - b_base) * scale) + tl.exp2((b_x - b_base) * scale)
             b_best = b_new
+            b_nan |= (b_x != b_x).to(tl.int32)
         mass = tl.sum(b_mass * tl.exp2((b_best - tl.max(b_best, axis=0)) * scale), axis=0)
     else:
         for start in tl.range(0, V, GROUPS, num_stages=STAGES):
-            b_best = tl.maximum(b_best, _values(p_row, start, V, GROUPS))
-    return b_best, mass
+            b_x = _values(p_row, start, V, GROUPS)
+            b_best = tl.maximum(b_best, b_x)
+            b_nan |= (b_x != b_x).to(tl.int32)
+    return b_best, b_nan, mass
 
 
 @triton.jit
@@ -225,14 +242,17 @@ def _candidate_weights(p_values, count, scale, best, CANDIDATES: tl.constexpr):
 
 
 @triton.jit
-def _draw_candidates(b_x, b_weight, p_ids, k, top_p, least, u, mass):
+def _draw_candidates(b_x, b_weight, p_ids, k, top_p, least, u, mass, SHIFT: tl.constexpr):
     """Find the exact threshold among the candidates and draw one."""
-    b_key = _key(b_x)
+    b_key = _key(b_x, SHIFT)
+    # What weighs nothing is never drawn, so no threshold need be looked for below what weighs something.
+    low = tl.min(tl.where(b_weight > 0, b_key, 0x7FFFFFFF), axis=0)
     if k > 0:
-        b_weight = tl.where(b_key >= _kth_key(b_key, k), b_weight, 0.0)
+        low = _kth_key(b_key, k, low)
+        b_weight = tl.where(b_key >= low, b_weight, 0.0)
         mass = tl.sum(b_weight, axis=0)
     if top_p < 1:
-        b_weight = tl.where(b_key >= _nucleus_key(b_key, b_weight, top_p * mass), b_weight, 0.0)
+        b_weight = tl.where(b_key >= _nucleus_key(b_key, b_weight, top_p * mass, low), b_weight, 0.0)
     b_weight = tl.where(b_x >= least, b_weight, 0.0)
     return tl.load(p_ids + _pick(b_weight, u * tl.sum(b_weight, axis=0)))
 
@@ -254,17 +274,21 @@ def _draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, BLOCK: tl.
     return _walk(p_row, u, scale, best, tl.maximum(threshold, least), V, BLOCK, STAGES)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["p_temperature", "p_top_k", "p_top_p", "p_min_p", "p_seed", "p_position", "p_choice"]
+)
 def _sample_kernel(
-    p_logits, p_temperature, p_top_k, p_top_p, p_min_p, p_seed, p_position, p_choice, p_greedy, p_values, p_ids, p_out,
+    p_logits, p_temperature, p_top_k, p_top_p, p_min_p, p_seed, p_position, p_choice, p_greedy, p_values, p_ids, p_out, p_best,
     row_stride, V,
-    ANY_TOP_K: tl.constexpr, ANY_TOP_P: tl.constexpr, ANY_MIN_P: tl.constexpr, GROUPS: tl.constexpr, CANDIDATES: tl.constexpr,
-    STAGES: tl.constexpr,
+    ANY_TOP_K: tl.constexpr, ANY_TOP_P: tl.constexpr, ANY_MIN_P: tl.constexpr, GROUPS: tl.constexpr, GATHER: tl.constexpr,
+    CANDIDATES: tl.constexpr, SHIFT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_row * row_stride
     if tl.load(p_greedy + i_row) != 0:
-        tl.store(p_out + i_row, _argmax(p_row, V, GROUPS, STAGES).to(tl.int64))
+        at, best = _argmax(p_row, V, GROUPS, STAGES)
+        tl.store(p_out + i_row, at.to(tl.int64))
+        tl.store(p_best + i_row, best)
         return
     temperature = tl.load(p_temperature + i_row)
     scale = 1.4426950408889634 / temperature
@@ -278,16 +302,17 @@ def _sample_kernel(
     if ANY_TOP_P:
         top_p = tl.load(p_top_p + i_row)
     if ANY_TOP_P and not ANY_TOP_K:
-        b_best, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
+        b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
     elif ANY_TOP_P:
         mass = 0.0
         if (top_p < 1) & (k == 0):
-            b_best, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
+            b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
         else:
-            b_best, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
+            b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
     else:
-        b_best, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
+        b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
     best = tl.max(b_best, axis=0)
+    tl.store(p_best + i_row, _or_nan(best, b_nan))
     least = best * 0.0 + float("-inf")  # of what min-p keeps
     if ANY_MIN_P:
         min_p = tl.load(p_min_p + i_row)
@@ -298,14 +323,15 @@ def _sample_kernel(
         # Without a k, a nucleus is looked for among about as many of the largest values as leave room for collisions.
         wanted = tl.where(k > 0, k, CANDIDATES // 2)
         if ((k > 0) | (top_p < 1)) & (wanted <= GROUPS):
-            floor = _value(_kth_key(_key(b_best), wanted))
+            b_key = _key(b_best, SHIFT)
+            floor = _value(_kth_key(b_key, wanted, tl.min(b_key, axis=0)), SHIFT)
         if V <= CANDIDATES:
             floor = best * 0.0 + float("-inf")
         low = tl.where(k > 0, floor, tl.maximum(floor, least))
         p_row_values = p_values + i_row * CANDIDATES
         p_row_ids = p_ids + i_row * CANDIDATES
         if (low > float("-inf")) | (V <= CANDIDATES):
-            count = _gather_candidates(p_row, p_row_values, p_row_ids, low, V, GROUPS, CANDIDATES, STAGES)
+            count = _gather_candidates(p_row, p_row_values, p_row_ids, low, V, GATHER, CANDIDATES, STAGES)
         if count <= CANDIDATES:
             # What other threads of this program stored is read next.
             tl.debug_barrier()
@@ -315,7 +341,7 @@ def _sample_kernel(
             decided = decided | (tl.sum(b_weight, axis=0) > top_p * mass)
             count = tl.where(decided, count, CANDIDATES + 1)
             if decided:
-                token = _draw_candidates(b_x, b_weight, p_row_ids, k, top_p, least, u, mass)
+                token = _draw_candidates(b_x, b_weight, p_row_ids, k, top_p, least, u, mass, SHIFT)
                 tl.store(p_out + i_row, tl.minimum(tl.maximum(token, 0), V - 1).to(tl.int64))
     if count > CANDIDATES:
         token = _draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, GROUPS, STAGES)
@@ -329,6 +355,8 @@ class SampleShape(NamedTuple):
     groups: int
     num_warps: int
     stages: int
+    gather: int
+    """Logits that are looked through at once for candidates."""
 
 
 def choose_shape(vocab: int, *, any_random: bool) -> SampleShape:
@@ -339,9 +367,9 @@ def choose_shape(vocab: int, *, any_random: bool) -> SampleShape:
     size = triton.next_power_of_2(vocab)
     if not any_random:
         groups = min(4096, size)
-        return SampleShape(groups=groups, num_warps=max(4, min(32, groups // 128)), stages=1)
+        return SampleShape(groups=groups, num_warps=max(4, min(32, groups // 128)), stages=1, gather=groups)
     groups = min(_GROUPS, size)
-    return SampleShape(groups=groups, num_warps=max(4, groups // 256), stages=3)
+    return SampleShape(groups=groups, num_warps=max(4, groups // 256), stages=3, gather=groups)
 
 
 def sample(
@@ -353,17 +381,18 @@ def sample(
     any_min_p: bool,
     *,
     shape: SampleShape | None = None,
-) -> Tensor:
-    """See `kernels.sampling.sample`; `shape` is for measuring others than the one chosen."""
+) -> tuple[Tensor, Tensor]:
+    """Give the tokens and the best logits of `kernels.sampling.sample`; `shape` is for measuring others than the one chosen."""
     rows, vocab = logits_RV.shape
     tokens_R = torch.empty(rows, dtype=torch.int64, device=logits_RV.device)
+    best_R = torch.empty(rows, dtype=torch.float32, device=logits_RV.device)
     if not rows:
-        return tokens_R
+        return tokens_R, best_R
     shape = shape or choose_shape(vocab, any_random=any_random)
     meta = {"STAGES": shape.stages, "num_warps": shape.num_warps}
     if not any_random:
-        _argmax_kernel[(rows,)](logits_RV, tokens_R, logits_RV.stride(0), vocab, BLOCK=shape.groups, **meta)
-        return tokens_R
+        _argmax_kernel[(rows,)](logits_RV, tokens_R, best_R, logits_RV.stride(0), vocab, BLOCK=shape.groups, **meta)
+        return tokens_R, best_R
     values = torch.empty((rows, _CANDIDATES), dtype=torch.float32, device=logits_RV.device)
     ids = torch.empty((rows, _CANDIDATES), dtype=torch.int32, device=logits_RV.device)
     _sample_kernel[(rows,)](
@@ -379,13 +408,16 @@ def sample(
         values,
         ids,
         tokens_R,
+        best_R,
         logits_RV.stride(0),
         vocab,
         ANY_TOP_K=any_top_k,
         ANY_TOP_P=any_top_p,
         ANY_MIN_P=any_min_p,
         GROUPS=shape.groups,
+        GATHER=shape.gather,
         CANDIDATES=_CANDIDATES,
+        SHIFT=_EMPTY_BITS[logits_RV.dtype],
         **meta,
     )
-    return tokens_R
+    return tokens_R, best_R

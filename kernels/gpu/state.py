@@ -76,7 +76,7 @@ def lay_out_singles(rows_R4: Tensor, token_ids_SL: Tensor, block_tables_SP: Tens
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["p_slots", "p_indices"])
 def _hold_back_kernel(p_logits, p_slots, p_indices, p_until, p_tokens, row_stride, E: tl.constexpr, E_PAD: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     i_slot = tl.load(p_slots + i_row)
@@ -96,7 +96,7 @@ def hold_back(logits_QV: Tensor, slots_Q: Tensor, output_indices_Q: Tensor, unti
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Q"], do_not_specialize_on_alignment=["p_slots", "p_lengths"])
 def _store_tokens_kernel(p_tokens, p_best, p_slots, p_lengths, p_token_ids, p_out, Q, L, ROWS: tl.constexpr):
     o_q = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_q = o_q < Q

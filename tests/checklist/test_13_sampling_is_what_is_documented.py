@@ -50,13 +50,13 @@ def logits() -> torch.Tensor:
 def test_a_hundred_thousand_draws_follow_the_filters(filters: dict[str, Any], device: str) -> None:
     asked = {"top_k": 0, "temperature": 1.0, **filters}
     inputs = sampling_inputs(DRAWS, **asked, device=device)
-    tokens = sample(logits().to(device).expand(DRAWS, VOCAB).contiguous(), inputs).cpu().numpy()
+    tokens = sample(logits().to(device).expand(DRAWS, VOCAB).contiguous(), inputs).tokens_R.cpu().numpy()
     assert chi_square(tokens, kept(logits().double().numpy(), GenerationConfig(**asked))) < 1
 
 
 def test_the_statistic_finds_a_small_mistake() -> None:
     inputs = sampling_inputs(DRAWS, top_p=0.8)
-    tokens = sample(logits().expand(DRAWS, VOCAB).contiguous(), inputs).numpy()
+    tokens = sample(logits().expand(DRAWS, VOCAB).contiguous(), inputs).tokens_R.numpy()
     x = logits().double().numpy()
     for wrong in ({"top_p": 0.75}, {"top_p": 0.85}, {"top_p": 0.8, "temperature": 1.03}):
         assert chi_square(tokens, kept(x, GenerationConfig(**{"top_k": 0, "temperature": 1.0, **wrong}))) > 1, wrong

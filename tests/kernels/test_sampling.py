@@ -9,7 +9,7 @@ import torch
 from kernel_cases import naive_kept, sampling_inputs
 
 from kernels.reference_sampling import philox, uniform
-from kernels.sampling import PenaltyInputs, add_bias, allow_only, apply_penalties, ban, has_nan, sample, token_logprobs
+from kernels.sampling import PenaltyInputs, add_bias, allow_only, apply_penalties, ban, sample, token_logprobs
 
 # Random123's kat_vectors, philox4x32 10: counter, key (low word first), output.
 KNOWN_ANSWERS = [
@@ -70,7 +70,8 @@ def test_draw_is_the_inverse_cdf_of_what_the_filters_keep(filters: dict[str, flo
     logits = logits_of(rows, vocab, kind=kind, seed=vocab)
     inputs = sampling_inputs(rows, **filters)
     before = logits.clone()
-    tokens = sample(logits, inputs)
+    tokens, best = sample(logits, inputs)
+    assert torch.equal(best, logits.amax(-1))
     assert torch.equal(logits, before)
     u = uniform(inputs.seed_R, inputs.position_R, inputs.choice_R).double()
     for row in range(rows):
@@ -94,10 +95,10 @@ def test_rows_with_different_wishes_do_not_touch_each_other() -> None:
         "greedy": [False, False, False, False, True, False],
     }
     inputs = sampling_inputs(rows, **wishes)
-    together = sample(logits, inputs)
+    together = sample(logits, inputs).tokens_R
     assert together[4] == logits[4].argmax()
     for row in range(rows):
-        alone = sample(logits[row : row + 1], type(inputs)(*(t[row : row + 1] for t in inputs)))
+        alone = sample(logits[row : row + 1], type(inputs)(*(t[row : row + 1] for t in inputs))).tokens_R
         assert alone[0] == together[row]
 
 
@@ -105,25 +106,26 @@ def test_a_flag_that_is_off_switches_its_filter_off() -> None:
     logits = torch.zeros(200, 50)
     inputs = sampling_inputs(200, top_k=1, top_p=0.01, min_p=0.0)
     logits[:, 7] = 0.1
-    assert (sample(logits, inputs) == 7).all()
-    assert (sample(logits, inputs, any_top_k=False, any_top_p=False) != 7).any()
-    assert torch.equal(sample(logits, inputs, any_random=False), logits.argmax(-1))
+    assert (sample(logits, inputs).tokens_R == 7).all()
+    assert (sample(logits, inputs, any_top_k=False, any_top_p=False).tokens_R != 7).any()
+    assert torch.equal(sample(logits, inputs, any_random=False).tokens_R, logits.argmax(-1))
 
 
 def test_frequencies_follow_the_distribution() -> None:
     rows, probabilities = 40_000, torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
     inputs = sampling_inputs(rows, seed=11)
-    drawn = torch.bincount(sample(probabilities.log().expand(rows, 6).contiguous(), inputs), minlength=6)
+    drawn = torch.bincount(sample(probabilities.log().expand(rows, 6).contiguous(), inputs).tokens_R, minlength=6)
     chi2 = ((drawn - rows * probabilities) ** 2 / (rows * probabilities)).sum().item()
     assert chi2 < 25.7  # 5 degrees of freedom, 1 in 10,000
 
 
-def test_has_nan_names_the_rows_no_token_can_be_drawn_from() -> None:
+def test_the_best_logit_names_the_rows_no_token_can_be_drawn_from() -> None:
     logits = torch.randn(5, 33)
     logits[0, 32], logits[1] = math.nan, -math.inf
     logits[2, :31], logits[3, 4] = -math.inf, math.inf
-    assert has_nan(logits).tolist() == [True, True, False, True, False]
-    tokens = sample(logits, sampling_inputs(5, top_k=3, top_p=0.9))
+    tokens, best = sample(logits, sampling_inputs(5, top_k=3, top_p=0.9))
+    assert best.isnan().tolist() == [True, False, False, False, False]
+    assert best.isfinite().tolist() == [False, False, True, False, True]
     assert ((tokens >= 0) & (tokens < 33)).all()
 
 
@@ -131,13 +133,15 @@ def test_has_nan_names_the_rows_no_token_can_be_drawn_from() -> None:
 def test_narrow_logits_are_read_as_the_float32_they_stand_for(dtype: torch.dtype) -> None:
     logits = logits_of(40, 700, kind="smooth", seed=5).to(dtype)
     inputs = sampling_inputs(40, temperature=0.7, top_k=[0, 30] * 20, top_p=[1.0, 0.9, 0.8, 1.0] * 10, min_p=0.01)
-    assert torch.equal(sample(logits, inputs), sample(logits.float(), inputs))
-    assert torch.equal(sample(logits, inputs, any_random=False), logits.float().argmax(-1))
+    narrow, wide = sample(logits, inputs), sample(logits.float(), inputs)
+    assert torch.equal(narrow.tokens_R, wide.tokens_R)
+    assert torch.equal(narrow.best_R, wide.best_R)
+    assert torch.equal(sample(logits, inputs, any_random=False).tokens_R, logits.float().argmax(-1))
     got, expected = (token_logprobs(x, logits.argmax(-1), 3) for x in (logits, logits.float()))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert got.logprob_R.dtype == torch.float32
     logits[1], logits[2, 5], logits[3, :] = -math.inf, math.nan, 0.0
-    assert has_nan(logits).nonzero().flatten().tolist() == [1, 2]
+    assert (~sample(logits, inputs).best_R.isfinite()).nonzero().flatten().tolist() == [1, 2]
     ban(logits, torch.tensor([3]), torch.tensor([0]))
     allow_only(logits, torch.tensor([4]), torch.full((1, 30), 1, dtype=torch.int32))
     assert (logits[3] == -math.inf).nonzero().flatten().tolist() == [0]

@@ -265,6 +265,18 @@ _KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def broken_rows(logits_RV: Tensor, inputs: SamplingInputs) -> float:
+    """Count where the best logit doesn't say what it must of rows with a NaN, an infinity or nothing at all, and ids outside the vocabulary."""
+    vocab, wrong = logits_RV.shape[1], 0
+    for flags in ((True,) * 4, (True, False, True, False), (True, False, False, False), (False,) * 4):
+        broken = logits_RV.clone()
+        broken[0, vocab - 1], broken[1, 0], broken[2], broken[3, vocab // 2] = torch.nan, torch.nan, -torch.inf, torch.inf
+        tokens, best = sampling.sample(broken, inputs, *flags)
+        wrong += int(((best != broken.amax(-1)) & ~(best.isnan() & broken.isnan().any(-1))).sum())
+        wrong += int(((tokens < 0) | (tokens >= vocab)).sum())
+    return float(wrong)
+
+
 def check_sampling(scale: Scale) -> Iterator[Check]:
     vocabs = (63, 5000) if scale.small else (63, 1000, 49152, 128256)
     for vocab, (kind, shape_of) in itertools.product(vocabs, _KINDS.items()):
@@ -278,21 +290,25 @@ def check_sampling(scale: Scale) -> Iterator[Check]:
         }
         inputs = sampling_inputs(rows, seed=vocab, device=scale.device, **columns)
         flags = (True, True, True, True)
-        tokens = sampling.sample(logits, inputs, *flags)
+        tokens, best = sampling.sample(logits, inputs, *flags)
+        yield Check("sample", f"{kind}, vocabulary {vocab}, best logit", float((best != logits.amax(-1)).sum()), 0.0)
         yield Check("sample", f"{kind}, vocabulary {vocab}", draw_distance(logits, tokens, inputs), 2e-5)
         for dtype in (torch.float16,) if scale.small else (torch.float16, torch.bfloat16):
             narrow = logits.to(dtype)
-            same = sampling.sample(narrow, inputs, *flags) == sampling.sample(narrow.float(), inputs, *flags)
-            yield Check("sample", f"{kind}, vocabulary {vocab}, {dtype}", float((~same).sum()), 0.0)
-        best = sampling.sample(logits, inputs, False, False, False, False)
-        yield Check("sample", f"{kind}, vocabulary {vocab}, greedy", float((best != logits.argmax(-1)).sum()), 0.0)
+            got, want = (sampling.sample(x, inputs, *flags) for x in (narrow, narrow.float()))
+            differing = sum(float((a != b).sum()) for a, b in zip(got, want, strict=True))
+            yield Check("sample", f"{kind}, vocabulary {vocab}, {dtype}", differing, 0.0)
+        first, best = sampling.sample(logits, inputs, False, False, False, False)
+        wrong = float((first != logits.argmax(-1)).sum() + (best != logits.amax(-1)).sum())
+        yield Check("sample", f"{kind}, vocabulary {vocab}, greedy", wrong, 0.0)
         off = SamplingInputs(*inputs)._replace(
             top_k_R=torch.zeros_like(inputs.top_k_R),
             top_p_R=torch.ones_like(inputs.top_p_R),
             min_p_R=torch.zeros_like(inputs.min_p_R),
         )
-        plain = sampling.sample(logits, inputs, True, False, False, False)
+        plain, _ = sampling.sample(logits, inputs, True, False, False, False)
         yield Check("sample", f"{kind}, vocabulary {vocab}, no filter", draw_distance(logits, plain, off), 2e-5)
+        yield Check("sample", f"{kind}, vocabulary {vocab}, rows without a token", broken_rows(logits, inputs), 0.0)
 
 
 def check_token_masks(scale: Scale) -> Iterator[Check]:

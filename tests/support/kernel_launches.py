@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -66,19 +66,33 @@ def _type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def compile_for(launch: Launch, capability: int) -> Any:
-    """Compile a launch for a compute capability (90 = sm_90), specialised as the launch itself would be."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+class Specialisation(NamedTuple):
+    """What a launch is compiled for: launches that agree in it share a binary."""
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[object]]]
+
+
+def specialised(launch: Launch) -> Specialisation:
+    """Say what the launch itself would be compiled for."""
+    found = Specialisation({}, {}, {})
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[index,] = value
+        whole = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (whole and value == 1):
+            found.signature[parameter.name] = "constexpr"
+            found.constants[index,] = value
             continue
-        signature[parameter.name] = _type_of(value)
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
-            attributes[index,] = [["tt.divisibility", 16]]
+        found.signature[parameter.name] = _type_of(value)
+        tensor = isinstance(value, torch.Tensor) and not parameter.do_not_specialize_on_alignment
+        if (tensor and value.data_ptr() % 16 == 0) or (whole and value % 16 == 0):
+            found.attributes[index,] = [["tt.divisibility", 16]]
+    return found
+
+
+def compile_for(launch: Launch, capability: int) -> Any:
+    """Compile a launch for a compute capability (90 = sm_90), specialised as the launch itself would be."""
+    signature, constants, attributes = specialised(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
