@@ -43,6 +43,7 @@ import peers
 import torch
 from measuring import Took, record, timed
 from random_model import save_random_llama_8b
+from ranks import RanksExecutor
 from timeline import Timeline
 from torch import Tensor
 from workloads import CHECKSUM_VOCABULARY, WORKLOADS, Job, draw_single, draw_uneven, draw_warm_up, draw_workload
@@ -133,7 +134,9 @@ def count_near_ties(model: Any, jobs: Sequence[Job], ours: Sequence[list[int]], 
 # --- measuring ---------------------------------------------------------------------------------------------------------------
 
 
-def make_engine(arguments: argparse.Namespace, model: Path, **fields: Any) -> tuple[Engine, LocalExecutor | Timeline]:
+def make_engine(
+    arguments: argparse.Namespace, model: Path, **fields: Any
+) -> tuple[Engine, LocalExecutor | RanksExecutor | Timeline]:
     given = {
         "device": arguments.device,
         "dtype": arguments.dtype,
@@ -144,9 +147,10 @@ def make_engine(arguments: argparse.Namespace, model: Path, **fields: Any) -> tu
         "num_gpu_blocks": arguments.num_blocks,
         "enable_prefix_caching": False,
         "eager_mode": arguments.eager,
+        "tp": arguments.tp,
     }
     options = resolve(model, PytorchEngineConfig(**{**given, **fields}))
-    executor = LocalExecutor(options)
+    executor = LocalExecutor(options) if options.tp == 1 else RanksExecutor(options)
     timed_executor = Timeline(executor) if arguments.breakdown else executor
     return Engine(timed_executor, options), timed_executor
 
@@ -241,7 +245,12 @@ def workloads(arguments: argparse.Namespace) -> None:
         if isinstance(executor, Timeline):
             executor.take()
         common = {"model": path.name if arguments.model else "random-llama-8b", "dtype": arguments.dtype}
-        common |= {"max_batch_size": arguments.max_batch_size, "ready_s": round(IMPORTED_S + ready, 1), "ready_parts_s": parts}
+        common |= {
+            "tp": arguments.tp,
+            "max_batch_size": arguments.max_batch_size,
+            "ready_s": round(IMPORTED_S + ready, 1),
+            "ready_parts_s": parts,
+        }
         for name in arguments.work.split(","):
             for _ in range(arguments.repeat):
                 fields = (
@@ -344,6 +353,7 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, default=0, help="0: as many as the memory holds")
     parser.add_argument("--session-len", type=int, default=4096)
     parser.add_argument("--breakdown", action="store_true", help="time each step's kind by events (adds `breakdown` to a line)")
+    parser.add_argument("--tp", type=int, default=1, help="ranks, each on a GPU of its own")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--scale", type=float, default=1.0, help="share of each workload's jobs to run")
     parser.add_argument("--repeat", type=int, default=1)

@@ -1,0 +1,197 @@
+"""Ranks on GPUs of their own: the sums, the tokens of one GPU, ranks that die or hang, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_driver import run
+from tiny_models import save_tiny_model
+
+from engine.engine import Engine
+from engine.executor import LocalExecutor, make_executor
+from engine.options import EngineOptions, resolve
+from engine.parallel import Rendezvous
+from engine.request import TokenRequest
+from engine.supervisor import EngineEvent, Limits
+from headrace import GenerationConfig, PytorchEngineConfig
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")]
+
+ROOT = Path(__file__).parents[2]
+RANK = """
+import json, sys
+import torch
+torch.backends.cuda.matmul.allow_tf32 = False
+from engine.executor import serve_rank
+from engine.options import EngineOptions
+serve_rank(EngineOptions.from_dict(json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+"""
+MIB = 1 << 20
+
+
+@contextmanager
+def engine_of(options: EngineOptions) -> Iterator[Engine]:
+    """An engine in this process, the other ranks in theirs."""
+    if options.tp == 1:
+        executor = LocalExecutor(options)
+        yield Engine(executor, options)
+        executor.close()
+        return
+    rendezvous = Rendezvous()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, json.dumps(options.to_dict()), str(rank), str(options.tp), rendezvous.address],
+            env=environment,
+        )
+        for rank in range(1, options.tp)
+    ]
+    try:
+        shared = make_executor(options, rendezvous)
+        yield Engine(shared, options)
+        shared.close()
+        assert [rank.wait(timeout=60) for rank in ranks] == [0] * len(ranks)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+
+
+def requests(vocab: int, count: int, **config: Any) -> list[TokenRequest]:
+    draw = random.Random(5)
+    gen = GenerationConfig(**{"top_k": 1, "max_new_tokens": 40, "ignore_eos": True, **config})
+    return [
+        TokenRequest(
+            request_id=str(number), prompt_ids=tuple(draw.randrange(3, vocab) for _ in range(draw.randint(1, 150))), config=gen,
+            seed=number, choice=0, max_new_tokens=gen.max_new_tokens or 1, limit="max_new_tokens",
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def tokens(path: Path, jobs: list[TokenRequest], **fields: Any) -> dict[str, tuple[int, ...]]:
+    given: dict[str, Any] = {
+        "device": "cuda",
+        "dtype": "float32",
+        "num_gpu_blocks": 256,
+        "max_batch_size": 64,
+        "session_len": 512,
+    }
+    with engine_of(resolve(path, PytorchEngineConfig(**{**given, **fields}))) as engine:
+        answers = run(engine, jobs)
+        engine.check_integrity()
+    return {name: tuple(answer.token_ids) for name, answer in answers.items()}
+
+
+def test_sums_of_real_ranks() -> None:
+    """Eager and captured, to the bit, on every rank the same; see the benchmark for how fast."""
+    command = [sys.executable, str(ROOT / "benchmarks/tensor_parallel.py"), "--check-only"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# 401 tokens: the vocabulary doesn't divide; one KV head for two ranks; layers with biases.
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("llama", {"vocab_size": 401, "tie_word_embeddings": True}),
+        ("qwen2", {"num_key_value_heads": 1}),
+        ("qwen3", {"hidden_size": 256}),
+    ],
+)
+def test_greedy_tokens_of_one_gpu(tmp_path: Path, architecture: str, fields: dict[str, Any]) -> None:
+    path = save_tiny_model(tmp_path / architecture, architecture, **fields)
+    jobs = requests(300, 64)
+    expected = tokens(path, jobs)
+    assert tokens(path, jobs, tp=2) == expected
+    if architecture == "llama":
+        assert tokens(path, jobs, tp=2, eager_mode=True) == expected
+        assert tokens(path, jobs, tp=2, max_prefill_token_num=37, num_gpu_blocks=40) == expected
+
+
+def test_both_ranks_sample_alike(tmp_path: Path) -> None:
+    """bfloat16, sampled, few rows and many: a rank that chose another token than its peer would compute other keys from there on."""
+    path = save_tiny_model(tmp_path / "llama", head_dim=64, hidden_size=512, intermediate_size=1024)
+    jobs = requests(300, 48, top_k=0, temperature=1.0, max_new_tokens=60)
+    first = tokens(path, jobs, tp=2, dtype="bfloat16")
+    assert tokens(path, jobs, tp=2, dtype="bfloat16") == first
+    assert all(len(one) == 60 for one in first.values())
+
+
+def used_mib() -> list[int]:
+    """Memory in use on each GPU."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return [int(line) for line in subprocess.check_output(command, text=True).split()]
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def eventually(check: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not (done := check()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return done
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_rank_that_dies_or_hangs(tiny_model_dir: Path, victim: int, how: signal.Signals) -> None:
+    from engine.async_engine import AsyncEngine
+
+    used, shared = used_mib(), shared_memory()
+    events: list[tuple[float, EngineEvent]] = []
+    config = PytorchEngineConfig(device="cuda", dtype="float32", num_gpu_blocks=512, tp=2, max_batch_size=64)
+    prompts = [f"prompt {number}" for number in range(120)]
+    long = GenerationConfig(max_new_tokens=300, ignore_eos=True, top_k=1)
+    pids: set[int] = set()
+    with AsyncEngine(
+        str(tiny_model_dir),
+        backend_config=config,
+        limits=Limits(watchdog_s=6.0),
+        on_event=lambda event: events.append((time.monotonic(), event)),
+    ) as pipe:
+        pipe(prompts[:8], GenerationConfig(max_new_tokens=4))
+        got: list[Any] = []
+        thread = threading.Thread(target=lambda: got.extend(pipe(prompts, long)))  # type: ignore[arg-type]
+        thread.start()
+        time.sleep(0.3)
+        before = pipe.frontend.pids
+        pids |= set(before)
+        struck = time.monotonic()
+        os.kill(before[victim], how)
+        assert eventually(lambda: any(event.kind == "engine_died" for _, event in events), 12)
+        noticed = next(at for at, event in events if event.kind == "engine_died") - struck
+        assert noticed < (1.0 if how == signal.SIGKILL else 8.0), noticed
+        thread.join(120)
+        pids |= set(pipe.frontend.pids)
+        assert len(got) == len(prompts)
+        assert all(response.error_code is None and len(response.token_ids) == 300 for response in got)
+        assert not set(before) & set(pipe.frontend.pids)
+        print(f"rank {victim}, {how.name}: noticed after {noticed:.2f} s")
+    assert eventually(lambda: all(is_gone(pid) for pid in pids), 5)
+    assert eventually(lambda: all(now - then < 64 for now, then in zip(used_mib(), used, strict=True)), 10), (used, used_mib())
+    assert not shared_memory() - shared
