@@ -24,6 +24,7 @@ def add_commands(commands: Any) -> None:
     create.add_argument("name", help="whose it is; one key in use has it")
     create.add_argument("--max-prompts", type=options.positive, metavar="N", help="most unanswered prompts at a time")
     create.add_argument("--max-batches", type=options.positive, metavar="N", help="most batches at a time that are not over")
+    create.add_argument("--max-priority", type=int, metavar="P", help="highest priority its batches may ask for (default: any)")
     create.add_argument(
         "--weight", type=options.positive, default=1, metavar="N",
         help="share of the workers beside other keys of the same priority (default: %(default)s)",
@@ -65,6 +66,7 @@ def run_create(arguments: argparse.Namespace) -> int:
             role=Role.ADMIN if arguments.admin else Role.USER,
             max_active_prompts=arguments.max_prompts,
             max_active_batches=arguments.max_batches,
+            max_priority=arguments.max_priority,
             weight=arguments.weight,
         )
     if arguments.json:
@@ -82,10 +84,12 @@ def run_list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.out_json([key_dict(key) for key in keys])
         return 0
-    columns = ("ID", "NAME", "KEY", "ROLE", "MAX PROMPTS", "MAX BATCHES", "WEIGHT", "MADE", "LAST USED", "REVOKED")
+    columns = (
+        "ID", "NAME", "KEY", "ROLE", "MAX PROMPTS", "MAX BATCHES", "MAX PRIORITY", "WEIGHT", "MADE", "LAST USED", "REVOKED",
+    )  # fmt: skip
     rows = [
-        (key.id, key.name, f"{key.prefix}…", key.role, key.max_active_prompts or "-", key.max_active_batches or "-", key.weight,
-         _day(key.created_at), _day(key.last_used_at), _day(key.revoked_at))
+        (key.id, key.name, f"{key.prefix}…", key.role, key.max_active_prompts or "-", key.max_active_batches or "-",
+         "-" if key.max_priority is None else key.max_priority, key.weight, _day(key.created_at), _day(key.last_used_at), _day(key.revoked_at))
         for key in keys
     ]  # fmt: skip
     console.out(console.table(columns, rows))

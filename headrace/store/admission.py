@@ -22,14 +22,23 @@ _ACTIVE: Final = case((batches.c.total > 0, batches.c.total - batches.c.complete
 
 
 def admit(
-    connection: Connection, batch_id: str, *, owner: str | None, prompts: int, max_open_prompts: int | None = None
+    connection: Connection,
+    batch_id: str,
+    *,
+    owner: str | None,
+    prompts: int,
+    priority: int,
+    max_open_prompts: int | None = None,
 ) -> None:
     """Raise unless a batch of `prompts` (as far as that is known) may come in; its own row doesn't count.
 
     Raises `QueueFull` while `max_open_prompts` of all batches are open, `QuotaExceeded` while the owner's key is at its limit, and
-    `InvalidRequest` when the batch alone is above it. The caller's transaction keeps others out until it ends.
+    `InvalidRequest` when the batch alone is above it, or asks for a higher priority than the key may. The caller's transaction keeps others out until it ends.
     """
     limits = _limits(connection, owner)
+    if limits is not None and limits.max_priority is not None:
+        _check_priority(priority, limits.max_priority)
+        limits = limits if limits[:2] != (None, None) else None
     if limits is None and max_open_prompts is None:
         return
     if connection.dialect.name != "sqlite":  # whose write lock is held already
@@ -51,6 +60,14 @@ def admit(
         raise QuotaExceeded(_told("max_active_prompts", most, active_prompts, "prompts"))
 
 
+def _check_priority(priority: int, highest: int) -> None:
+    if priority > highest:
+        raise InvalidRequest(
+            f"this API key's batches may have a priority of at most {highest}, and this one asks for {priority}",
+            param="priority",
+        )
+
+
 def _told(limit: str, most: int, active: int, what: str) -> str:
     return (
         f"{limit}: this API key may have {most:,} active {what} and has {active:,}; send the request again when some are done"
@@ -60,9 +77,9 @@ def _told(limit: str, most: int, active: int, what: str) -> str:
 def _limits(connection: Connection, owner: str | None) -> Any:
     if owner is None:
         return None
-    query = select(api_keys.c.max_active_prompts, api_keys.c.max_active_batches).where(api_keys.c.id == owner)
-    row = connection.execute(query).first()
-    return None if row is None or (row.max_active_prompts is None and row.max_active_batches is None) else row
+    columns = (api_keys.c.max_active_prompts, api_keys.c.max_active_batches, api_keys.c.max_priority)
+    row = connection.execute(select(*columns).where(api_keys.c.id == owner)).first()
+    return None if row is None or all(limit is None for limit in row) else row
 
 
 def _active(connection: Connection, batch_id: str, owner: str | None) -> tuple[int, int]:

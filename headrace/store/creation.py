@@ -205,7 +205,8 @@ def open_batch(connection: Connection, batch_id: str, order: Order, **columns: A
         if (existing := connection.execute(same_key).first()) is not None:
             return existing
     # After the key: who only repeats a request that was accepted is not refused.
-    admit(connection, batch_id, owner=order.owner, prompts=order.reserved, max_open_prompts=order.max_open_prompts)
+    most = order.max_open_prompts
+    admit(connection, batch_id, owner=order.owner, prompts=order.reserved, priority=order.priority, max_open_prompts=most)
     return None
 
 
@@ -270,7 +271,7 @@ def _seal(connection: Connection, batch_id: str, intake: _Intake) -> None:
 def seal(connection: Connection, batch: Row[Any], *, total: int, chunk_size: int, refused: Mapping[int, int]) -> None:
     """Make the chunks of a locked batch whose prompts are stored, and open it. `refused`: prompts refused, by chunk number from 0."""
     if total > batch.reserved:  # it had not said how many would come
-        admit(connection, batch.id, owner=batch.owner, prompts=total)
+        admit(connection, batch.id, owner=batch.owner, prompts=total, priority=batch.priority)
     rows = list(_chunk_rows(batch, total, chunk_size, refused))
     for start in range(0, len(rows), SLICE_ROWS):
         connection.execute(insert(chunks), rows[start : start + SLICE_ROWS])

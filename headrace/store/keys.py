@@ -28,6 +28,8 @@ USED_EXACT_S: Final = 60.0
 MAX_NAME: Final = 64
 MAX_WEIGHT: Final = 1000
 MAX_LIMIT: Final = 2**31 - 1
+MAX_PRIORITY: Final = 1000
+"""As far as a batch's priority goes, up and down."""
 
 
 class Role(StrEnum):
@@ -55,6 +57,8 @@ class ApiKey:
     max_active_prompts: int | None
     """None: no limit of its own."""
     max_active_batches: int | None
+    max_priority: int | None
+    """The highest priority that its batches may ask for; None: any."""
     weight: int
     """Its share of the workers beside other keys at the same priority."""
 
@@ -86,10 +90,15 @@ class Keys:
         role: Role = Role.USER,
         max_active_prompts: int | None = None,
         max_active_batches: int | None = None,
+        max_priority: int | None = None,
         weight: int = 1,
     ) -> NewKey:
         """Make a key. Raises `InvalidRequest` for a name or a number that can't be, and `Conflict` when a live key has the name."""
         _check(name, max_active_prompts=max_active_prompts, max_active_batches=max_active_batches, weight=weight)
+        if max_priority is not None and not -MAX_PRIORITY <= max_priority <= MAX_PRIORITY:
+            raise InvalidRequest(
+                f"max_priority must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, not {max_priority}", param="max_priority"
+            )
         text = PREFIX + secrets.token_urlsafe(32)
         key_id = f"key_{secrets.token_hex(12)}"
 
@@ -100,7 +109,7 @@ class Keys:
             connection.execute(
                 api_keys.insert().values(
                     id=key_id, name=name, prefix=text[:SHOWN], hash=digest(text), role=role.value, created_at=now(), weight=weight,
-                    max_active_prompts=max_active_prompts, max_active_batches=max_active_batches,
+                    max_active_prompts=max_active_prompts, max_active_batches=max_active_batches, max_priority=max_priority,
                 )
             )  # fmt: skip
             return _from_row(connection.execute(select(api_keys).where(api_keys.c.id == key_id)).one())
@@ -152,7 +161,8 @@ class Keys:
 
 def _from_row(row: Row[Any]) -> ApiKey:
     names = (
-        "id", "name", "prefix", "created_at", "revoked_at", "last_used_at", "max_active_prompts", "max_active_batches", "weight",
+        "id", "name", "prefix", "created_at", "revoked_at", "last_used_at", "max_active_prompts", "max_active_batches",
+        "max_priority", "weight",
     )  # fmt: skip
     return ApiKey(**{name: getattr(row, name) for name in names}, role=Role(row.role))
 

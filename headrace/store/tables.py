@@ -220,6 +220,8 @@ api_keys = Table(
     # Null: no limit of its own.
     Column("max_active_prompts", BigInteger),
     Column("max_active_batches", Integer),
+    # Null: it chooses as it likes.
+    Column("max_priority", Integer),
     # Its share of the workers beside the others of the same priority.
     Column("weight", Integer, nullable=False, server_default=text("1")),
 )

@@ -165,6 +165,19 @@ def test_a_limit_is_named_and_says_when_to_come_back(live: LiveApi, keyed_store:
         assert len(http.get("/v1/batches").json()["data"]) == 3
 
 
+def test_a_priority_above_the_keys_is_refused_of_prompts_and_of_files(live: LiveApi, keyed_store: Store) -> None:
+    key = keyed_store.keys.create("one", max_priority=1).text
+    with caller(live, key) as http:
+        stored = http.post("/v1/files", files={"file": ("a.jsonl", b'{"prompt": "a"}\n')}, data={"purpose": "batch"}).json()[
+            "id"
+        ]
+        for content in ({"prompts": ["a"]}, {"input_file_id": stored}):
+            assert http.post("/v1/batches", json={**content, "priority": 1}).is_success
+            refused = http.post("/v1/batches", json={**content, "priority": 2})
+            assert (refused.status_code, refused.json()["param"]) == (422, "priority")
+        assert len(http.get("/v1/batches").json()["data"]) == 2
+
+
 def test_requests_at_once_never_pass_a_limit(live: LiveApi, keyed_store: Store) -> None:
     key = keyed_store.keys.create("one", max_active_prompts=7).text
     with caller(live, key) as http, ThreadPoolExecutor(16) as pool:

@@ -39,7 +39,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_a_key_is_made_shown_once_listed_and_revoked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "keys", "create", "ci", "--max-prompts", "100", "--max-batches", "3", "--weight", "2")
+    code, out, err = run(
+        capsys, "keys", "create", "ci", "--max-prompts", "100", "--max-batches", "3", "--weight", "2", "--max-priority", "0"
+    )
     key = out.strip()
     assert code == 0
     assert key not in err
@@ -47,6 +49,7 @@ def test_a_key_is_made_shown_once_listed_and_revoked(tmp_path: Path, capsys: pyt
         found = store.keys.authenticate(key)
     assert found is not None
     assert (found.max_active_prompts, found.max_active_batches, found.weight, found.role) == (100, 3, 2, Role.USER)
+    assert found.max_priority == 0
     assert run(capsys, "keys", "create", "ci")[0] == 1
     code, out, _ = run(capsys, "keys", "create", "boss", "--admin", "--json")
     boss = json.loads(out)

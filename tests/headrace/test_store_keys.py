@@ -82,7 +82,8 @@ def test_the_last_use_is_noted_by_the_minute(store: Store) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"name": ""}, {"name": "a\nb"}, {"name": " a"}, {"name": "x" * 65}, {"weight": 0}, {"weight": 1001}, {"max_active_prompts": 0},
-     {"max_active_batches": -1}, {"max_active_prompts": 2**31}],
+     {"max_active_batches": -1}, {"max_active_prompts": 2**31},
+     {"max_priority": 1001}, {"max_priority": -1001}],
 )  # fmt: skip
 def test_what_can_not_be_a_key(store: Store, wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
@@ -154,6 +155,20 @@ def test_a_limit_on_batches_holds_and_ends_with_the_batch(store: Store) -> None:
     work_off(store, take(store))
     check(store, first.id)
     submit(store, 2, owner=owner)
+
+
+def test_a_key_may_ask_for_priorities_up_to_its_own(store: Store) -> None:
+    owner = store.keys.create("one", max_priority=0).key.id
+    assert [submit(store, 1, owner=owner, priority=priority).priority for priority in (0, -5)] == [0, -5]
+    with pytest.raises(InvalidRequest, match="priority of at most 0, and this one asks for 1") as caught:
+        submit(store, 1, owner=owner, priority=1)
+    assert caught.value.param == "priority"
+    assert len(store.list_batches(owner=owner)) == 2, "nothing of the refused one stays"
+    assert submit(store, 1, owner=store.keys.create("free").key.id, priority=1000).priority == 1000
+    both = store.keys.create("two", max_priority=3, max_active_batches=1).key.id
+    submit(store, 1, owner=both, priority=3)
+    with pytest.raises(QuotaExceeded):
+        submit(store, 1, owner=both, priority=3)
 
 
 def test_what_is_announced_counts_while_it_is_being_stored(store: Store) -> None:
