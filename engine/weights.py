@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.model_info import ModelInfo, locate_model
+from engine.random_weights import MARK, RandomTensors
+from engine.staging import Staging
 from headrace.errors import ModelLoadError
 
 __all__ = ["Checkpoint", "ModelInfo", "Part", "locate_model", "open_checkpoint"]
@@ -35,17 +37,27 @@ class Part(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a model directory. Made by `open_checkpoint`, which closes the files."""
+    """The tensors of a model directory. Made by `open_checkpoint`, which closes the files. Any number of threads may read."""
 
-    def __init__(self, path: Path, files: dict[str, Any], *, dtype: torch.dtype, device: torch.device) -> None:
-        """Keep the opened file of each tensor name, and what to turn tensors into."""
+    def __init__(
+        self,
+        path: Path,
+        files: dict[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        drawn: RandomTensors | None = None,
+    ) -> None:
+        """Keep the opened file of each tensor name, and what to turn tensors into; `drawn` stands in for all files."""
+        self._drawn = drawn
         self._path = path
         self._files = files
         self._dtype = dtype
         self._device = device
+        self._staging = Staging(device) if device.type == "cuda" and drawn is None else None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return self._drawn is not None or name in self._files
 
     def tensor(self, part: Part) -> Tensor:
         """Read one tensor or a slice of it. Raise `ModelLoadError` where it is missing or measures otherwise."""
@@ -58,12 +70,19 @@ class Checkpoint:
         out = torch.empty((count + extra_rows, *sources[0].shape[1:]), dtype=self._dtype, device=self._device)
         start = 0
         for source in sources:
-            out[start : start + source.shape[0]].copy_(source)
+            place = out[start : start + source.shape[0]]
+            if self._staging is None:
+                place.copy_(source)
+            else:
+                self._staging.copy(place, source)
             start += source.shape[0]
         out[start:].zero_()
         return out
 
     def _slice(self, part: Part) -> Tensor:
+        if self._drawn is not None:
+            whole = self._drawn.draw(part.name, part.shape)
+            return whole[part.rows] if len(part.shape) == 1 else whole[part.rows, part.columns]
         file = self._files.get(part.name)
         if file is None:
             raise ModelLoadError(
@@ -80,7 +99,10 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(path: Path, *, dtype: torch.dtype, device: torch.device) -> Iterator[Checkpoint]:
-    """Open all safetensors files of `path`. Raise `ModelLoadError` where there is none, or one is broken."""
+    """Open all safetensors files of `path`, or what stands in for them (`engine.random_weights`). Raise `ModelLoadError` for a broken or missing one."""
+    if (path / MARK).is_file():
+        yield Checkpoint(path, {}, dtype=dtype, device=device, drawn=RandomTensors(path / MARK, dtype=dtype, device=device))
+        return
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
         for file in _files(path):

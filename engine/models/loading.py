@@ -5,6 +5,7 @@ q, k and v are stacked into one matrix, gate and up into another. The only place
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from engine.models.spec import ModelSpec
 from engine.parallel import ParallelGroup, replicated_share, share
 from engine.weights import Checkpoint, Part, open_checkpoint
 
+_THREADS = 8
+"""That read weights for a GPU."""
+
 
 def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup, max_positions: int) -> Decoder:
     """Read this rank's share of the model in `path`. Raise `ModelLoadError` or `InvalidRequest` (param 'tp')."""
@@ -29,8 +33,7 @@ def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group:
     prepared = gemm_table.prepare(spec, ranks=group.size, dtype=dtype, device=device)
     with open_checkpoint(path, dtype=dtype, device=device) as checkpoint:
         loader = _Loader(whole, checkpoint, group)
-        embedding, head = loader.ends()
-        layers = tuple(loader.layer(index) for index in range(spec.num_layers))
+        (embedding, head), layers = _read(loader, spec.num_layers, device)
         norm_D = loader.vector("model.norm.weight", spec.hidden_size)
     table_MH = cos_sin_table(spec.rope, head_dim=spec.head_dim, positions=max_positions, device=device)
     decoder = Decoder(spec=spec, embedding=embedding, layers=layers, norm_D=norm_D, head=head, cos_sin_MH=table_MH)
@@ -40,6 +43,17 @@ def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group:
 def head_rows(spec: ModelSpec, group: ParallelGroup) -> int:
     """Return how many rows of the whole model's head each rank holds; the last ones may be beyond the vocabulary."""
     return -(-spec.vocab_size // group.size)
+
+
+def _read(loader: _Loader, layers: int, device: torch.device) -> tuple[tuple[Embedding, Head], tuple[Layer, ...]]:
+    """Read both ends and all blocks; to a GPU by several threads, because one doesn't copy as fast as the GPU takes it."""
+    if device.type != "cuda":
+        return loader.ends(), tuple(map(loader.layer, range(layers)))
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="weights") as pool:
+        # Inference mode is each thread's own.
+        ends = pool.submit(torch.inference_mode()(loader.ends))
+        blocks = tuple(pool.map(torch.inference_mode()(loader.layer), range(layers)))
+        return ends.result(), blocks
 
 
 class _Loader:
