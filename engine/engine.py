@@ -121,7 +121,8 @@ class Engine:
         except HeadraceError as error:
             self._refuse(request.request_id, error)
             return
-        sequence.guide = guide
+        if guide is not None:
+            sequence.guide, sequence.watched = guide, True
         sequence.queued_at = self._clock()
         self._live[request.request_id] = sequence
 
@@ -138,7 +139,7 @@ class Engine:
             if isinstance(guide, HeadraceError):
                 self._refuse(request.request_id, guide)
             else:
-                self._is_guiding = True
+                self._is_guiding |= guide is not None
                 self._queue(request, guide)
 
     def abort(self, request_id: str) -> None:
@@ -221,7 +222,7 @@ class Engine:
         if step is None or result is None:
             return outputs
         self._hopeless = 0
-        invalid, logprobs = result.invalid, result.logprobs
+        invalid, complete, logprobs = result.invalid, result.complete, result.logprobs
         for (sequence, start), scores in zip(step.planned.scored, result.prompt_logprobs, strict=True):
             # By position: what a preemption lets be computed again says the same again.
             if sequence.prompt_logprobs is not None:
@@ -236,8 +237,8 @@ class Engine:
             tokens = sequence.tokens
             tokens.append(token)
             self._generated_tokens += 1
-            if sequence.watched or token in sequence.stops or len(tokens) == sequence.final:
-                report = self._look_at(sequence, logprobs[entry] if logprobs else None)
+            if sequence.watched or token in sequence.stops or len(tokens) == sequence.final or entry in complete:
+                report = self._look_at(sequence, logprobs[entry] if logprobs else None, is_complete=entry in complete)
                 if report is not None:
                     outputs.append(report)
         return outputs
@@ -301,7 +302,7 @@ class Engine:
         broken = [(one, one.guide.error()) for one in masked.sequences if one.guide is not None and not one.done]
         self._reports += [self._end(one, "error", error=why) for one, why in broken if why is not None]
 
-    def _look_at(self, sequence: SequenceState, logprobs: TokenLogprobs | None) -> TokenOutput | None:
+    def _look_at(self, sequence: SequenceState, logprobs: TokenLogprobs | None, *, is_complete: bool) -> TokenOutput | None:
         """Decide whether the token just read ends the request, and what to report of it now."""
         token, request = sequence.tokens[-1], sequence.request
         if sequence.logprobs is not None:
@@ -312,7 +313,7 @@ class Engine:
             detail = "eos" if token in request.eos_ids else f"stop_token:{token}"
             return self._end(sequence, "stop", detail=detail, drop_last=True)
         # Where nothing can follow, waiting for the end token would cost a step, and perhaps the limit.
-        if sequence.guide is not None and sequence.guide.complete:
+        if is_complete or (sequence.guide is not None and sequence.guide.complete):
             return self._end(sequence, "stop", detail="response_format")
         if len(sequence.tokens) == sequence.final:
             return self._end(sequence, "length", detail=sequence.limit)
@@ -320,7 +321,7 @@ class Engine:
 
     def _fail(self, sequence: SequenceState) -> TokenOutput:
         error: HeadraceError = NumericalError()
-        if sequence.guide is not None and sequence.request.bad_sequences:
+        if sequence.request.config.response_format is not None and sequence.request.bad_sequences:
             error = InvalidRequest(
                 "bad_words and bad_token_ids leave no token that response_format allows here (or the model produced NaN logits)",
                 param="response_format",

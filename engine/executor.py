@@ -38,6 +38,7 @@ from engine.sampler import Sampler
 from engine.scorer import Scorer
 from engine.state_table import StateTable
 from engine.stopwatch import Stopwatch
+from engine.token_automata import TokenAutomata
 from engine.token_masks import TokenMasks
 from headrace.errors import OutOfDeviceMemory
 
@@ -80,13 +81,15 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     if device.type == "cuda":
         memory = replace(memory, graphs=max(0, free - kv_cache.free_memory(device)))
     watch.lap("graphs")
+    vocab_size = decoder.spec.vocab_size
+    automata = TokenAutomata(model_path=options.model_path, num_slots=slots, vocab_size=vocab_size, device=device)
     runner = Runner(
         forward=forward,
         head=decoder.head,
         caches=caches,
         table=table,
-        sampler=Sampler(num_slots=slots, vocab_size=decoder.spec.vocab_size, device=device),
-        scorer=Scorer(num_slots=slots, vocab_size=decoder.spec.vocab_size),
+        sampler=Sampler(num_slots=slots, vocab_size=vocab_size, device=device, automata=automata),
+        scorer=Scorer(num_slots=slots, vocab_size=vocab_size),
     )
     log.info(
         "model loaded; the engine takes requests now",

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _PARAM = "response_format"
 _KEPT = 64
-# Bounded: with any amount of white space allowed, a model that has lost its way writes line feeds until max_new_tokens.
-_JSON_DEFAULTS: Any = {"whitespace_pattern": r"[ \n\t]{1,32}"}
+# One space or none, as in the automata of `engine.regular`: with any amount of white space allowed, a model that has lost its way
+# writes line feeds until max_new_tokens.
+_JSON_DEFAULTS: Any = {"whitespace_pattern": " "}
 _SILENT = 0
 
 
@@ -84,6 +85,12 @@ class Grammars:
             return self.matcher(wanted)
         return found.deep_copy()
 
+    def spell(self) -> list[bytes]:
+        """Return the bytes of each token; a special one has none. Raises as `check` does for a format that can't be used at all."""
+        vocabulary = self._vocabulary_read()
+        count = vocabulary.vocab_size
+        return [b"" if vocabulary.is_special_token(one) else vocabulary.decode_bytes([one]) for one in range(count)]
+
     @property
     def _num_tokens(self) -> int:
         # A model's logits may be wider than its tokenizer, or (seldom) the other way round.
@@ -91,27 +98,31 @@ class Grammars:
 
     def compile(self, wanted: ResponseFormat) -> LLMatcher:
         """Compile anew: what this matcher and its copies build as they go they share with no other. Raises as `check` does."""
+        vocabulary = self._vocabulary_read()
+        from llguidance import LLMatcher
+
         try:
-            import llguidance
-        except ImportError as error:
-            raise UnsupportedOption(
-                "response_format needs the package llguidance on the engine's host, which is not installed there: "
-                f"pip install llguidance ({error})",
-                param=_PARAM,
-            ) from error
-        if self._vocabulary is None:
-            self._vocabulary = self._read_vocabulary()
-        try:
-            matcher = llguidance.LLMatcher(self._vocabulary, _grammar(wanted), log_level=_SILENT)
+            matcher = LLMatcher(vocabulary, _grammar(wanted), log_level=_SILENT)
         except Exception as error:
             raise _refused(wanted, str(error)) from error
         if matcher.is_error():
             raise _refused(wanted, matcher.get_error())
         return matcher
 
-    def _read_vocabulary(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
+    def _vocabulary_read(self) -> LLTokenizer:
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary()
+        return self._vocabulary
 
+    def _read_vocabulary(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            raise UnsupportedOption(
+                "response_format needs the package llguidance on the engine's host, which is not installed there: "
+                f"pip install llguidance ({error})",
+                param=_PARAM,
+            ) from error
         backend = getattr(self._tokenizer.hf, "backend_tokenizer", None)
         ends = self._info.eos_ids + self._tokenizer.eos_ids
         try:

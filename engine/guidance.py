@@ -25,6 +25,8 @@ import numpy.typing as npt
 
 from engine.grammar import Grammars
 from engine.request import TokenRequest
+from engine.token_automata import follows_on_device
+from engine.token_bytes import token_bytes
 from engine.token_masks import TokenMasks
 from headrace.completion import CompletionError
 from headrace.errors import EngineError, HeadraceError, InvalidRequest
@@ -170,8 +172,11 @@ class Guides:
             waiting.ready.cancel()
         return waiting is not None
 
-    def take(self, *, patient: bool) -> Iterator[tuple[TokenRequest, Guide | HeadraceError]]:
-        """Give the requests whose grammars are ready, in the order of `start`. `patient`: there is nothing else to do."""
+    def take(self, *, patient: bool) -> Iterator[tuple[TokenRequest, Guide | HeadraceError | None]]:
+        """Give the requests whose grammars are ready, in the order of `start`. `patient`: there is nothing else to do.
+
+        None: the request needs no guide, because an automaton on the device holds it to its format.
+        """
         if patient:
             wait([next(iter(self._waiting.values())).ready], timeout=_PATIENCE_S)
         # In order: a request never overtakes an earlier one that waits for the same thread.
@@ -260,8 +265,12 @@ class Guides:
                 assert self._compiler is not None, "a format that nobody compiled"
                 form.growing = self._compiler.submit(self._compile_more, form, more)
 
-    def _make(self, request: TokenRequest) -> Guide:
+    def _make(self, request: TokenRequest) -> Guide | None:
         """Run on the compiler's thread."""
+        if follows_on_device(request):
+            # Read here, not in the step that admits the request: that one is everybody's.
+            token_bytes(str(self._model_path))
+            return None
         if self._grammars is None:
             self._grammars = Grammars.of_model(self._model_path)
         wanted = request.config.response_format

@@ -112,6 +112,8 @@ class StepOutput:
     tokens: tuple[int, ...]
     invalid: frozenset[int] = frozenset()
     """Entries whose logits held a NaN: their token means nothing."""
+    complete: frozenset[int] = frozenset()
+    """Entries whose answer follows an automaton and is complete by this token: nothing can follow."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """Empty when no row of the step asked for them."""
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()

@@ -99,7 +99,10 @@ class Runner:
 
     def _sample(self, logits_QV: Tensor, rows: SampledRows, running: _Launched, masks: TokenMasks | None = None) -> None:
         sampled = self._sampler.sample(logits_QV, rows, self._table.token_ids_SL, masks)
-        running.start(self._table.store(rows, sampled.tokens_Q, sampled.best_Q), sampled)
+        stored_2Q = self._table.store(rows, sampled.tokens_Q, sampled.best_Q)
+        if sampled.held:
+            self._sampler.advance(stored_2Q, rows)
+        running.start(stored_2Q, sampled)
 
     def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks before anything of the step reads or writes them; a replayed graph comes after it on the same stream."""
@@ -154,6 +157,7 @@ class _Launched:
             step=self._step,
             tokens=tuple(tokens),
             invalid=frozenset() if all(valid) else frozenset(number for number, good in enumerate(valid) if not good),
+            complete=frozenset(number for number, good in enumerate(valid) if good == 2) if 2 in valid else frozenset(),
             logprobs=self._logprobs(tokens) if self._rows else (),
             prompt_logprobs=() if self._scores is None else read_scores(self._scores),
         )

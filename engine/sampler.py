@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.plan import Admission
 from engine.request import TokenRequest
 from engine.state_table import SampledRows, upload
+from engine.token_automata import TokenAutomata, follows_on_device
 from engine.token_masks import TokenMasks
 from kernels.sampling import (
     PenaltyInputs,
@@ -57,6 +58,8 @@ class _Trait(enum.IntFlag):
     """Log-probabilities are wanted."""
     GUIDED = 128
     """It follows a grammar: the step's sampling waits for its mask."""
+    HELD = 256
+    """It follows an automaton, which is on the device."""
 
 
 class Sampled(NamedTuple):
@@ -72,6 +75,8 @@ class Sampled(NamedTuple):
     """How many of the top tokens each of them asked for."""
     logprobs: TokenLogprobs | None
     """Of the rows that asked; None: none did."""
+    held: bool = False
+    """Whether a row follows an automaton, which `Sampler.advance` moves on once the tokens are stored."""
 
 
 class _Edits(NamedTuple):
@@ -126,7 +131,7 @@ def _traits(request: TokenRequest, edits: _Edits) -> _Trait:
         (edits.late, _Trait.ENDS),
         (edits.are_any, _Trait.EDITS),
         (config.logprobs is not None, _Trait.REPORTS),
-        (config.response_format is not None, _Trait.GUIDED),
+        (config.response_format is not None, _Trait.HELD if follows_on_device(request) else _Trait.GUIDED),
     )
     found = _Trait(0)
     for wish, trait in asked:
@@ -138,8 +143,9 @@ def _traits(request: TokenRequest, edits: _Edits) -> _Trait:
 class Sampler:
     """Sampling parameters of all slots, on the device as columns; what only some rows ask for, on the host."""
 
-    def __init__(self, *, num_slots: int, vocab_size: int, device: torch.device) -> None:
-        """Allocate the columns."""
+    def __init__(self, *, num_slots: int, vocab_size: int, device: torch.device, automata: TokenAutomata | None = None) -> None:
+        """Allocate the columns. `automata`: without them no request may have a response format that is regular."""
+        self._automata = automata
         self._device = device
         self._vocab_size = vocab_size
         # Rows: temperature, top-p and min-p (the bits of float32), top-k, choice, greedy.
@@ -177,6 +183,8 @@ class Sampler:
         self._columns_6S.index_copy_(1, slots_A, numbers_AC[:, :6].T)
         self._until_S.index_copy_(0, slots_A, numbers_AC[:, 6])
         self._ends_SE.index_copy_(0, slots_A, numbers_AC[:, 7:])
+        if self._automata is not None:
+            self._automata.admit(admitted)
 
     def waits_for_masks(self, rows: SampledRows) -> bool:
         """Whether a row follows a grammar, so that the step can't be sampled before the host has read the step before."""
@@ -197,6 +205,10 @@ class Sampler:
         if masks is not None and masks.entries:
             words = upload(masks.words_qW, self._device)
             allow_only(logits_QV, self._index(masks.entries), words)
+        held = _Trait.HELD in asked
+        if held:
+            assert self._automata is not None, "a sampler without automata was given a request that follows one"
+            self._automata.allow(logits_QV, rows)
         if _Trait.EDITS in asked:
             editing = self._rows_with(_Trait.EDITS, rows)
             self._edit(logits_QV, rows, [(number, self._edits[rows.host[number].slot]) for number in editing], token_ids_SL)
@@ -211,11 +223,16 @@ class Sampler:
             any_min_p=_Trait.MIN_P in asked,
         )
         if not reports:
-            return Sampled(tokens_Q, best_Q, (), (), None)
+            return Sampled(tokens_Q, best_Q, (), (), None, held)
         widths = tuple(self._widths[rows.host[number].slot] for number in reports)
         chosen_q = torch.where(torch.isfinite(best_Q), tokens_Q, 0)[self._index(reports)]
         logprobs = token_logprobs(raw_qV, chosen_q, min(max(widths), self._vocab_size))
-        return Sampled(tokens_Q, best_Q, reports, widths, logprobs)
+        return Sampled(tokens_Q, best_Q, reports, widths, logprobs, held)
+
+    def advance(self, stored_2Q: Tensor, rows: SampledRows) -> None:
+        """Move the rows that follow an automaton on; `stored_2Q`, what `StateTable.store` gave, says 2 where an answer is complete."""
+        assert self._automata is not None, "nobody follows an automaton"
+        self._automata.advance(stored_2Q, rows)
 
     def _rows_with(self, trait: _Trait, rows: SampledRows) -> tuple[int, ...]:
         traits_Q = self._traits_S[[row.slot for row in rows.host]]

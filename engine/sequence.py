@@ -105,9 +105,9 @@ class SequenceState:
         """`len(tokens)` at the last report."""
         self.logprobs: list[TokenLogprobs] | None = None if request.config.logprobs is None else []
         self.guide: Guide | None = None
-        """Its place in its grammar, where it has a response format."""
-        self.watched = request.stream or self.logprobs is not None or guided
-        """Whether the engine must look at it in every step, not only when it ends."""
+        """Its place in its grammar, where it has a response format that the host follows."""
+        self.watched = request.stream or self.logprobs is not None
+        """Whether the engine must look at it in every step, not only when it ends; set for who has a guide, too."""
 
     @property
     def generated(self) -> int:

@@ -16,7 +16,9 @@ from engine.regular.json_schema import read_schema
 from engine.regular.pattern import NotRegularError, read_pattern
 from headrace.response_format import ResponseFormat
 
-_KEPT = 256
+__all__ = ["Automaton", "automaton_of"]
+
+_KEPT = 512
 
 
 def automaton_of(wanted: ResponseFormat) -> Automaton | None:

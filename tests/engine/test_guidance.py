@@ -20,7 +20,11 @@ from headrace.errors import InvalidRequest, UnsupportedOption
 from headrace.response_format import ResponseFormat
 
 EOS = 2
-PAIR = {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": {"enum": ["a", 12]}, "maxItems": 2}}}
+# Formats that no automaton takes: what one takes needs no masks of the host.
+PAIR = {
+    "type": "json_schema",
+    "json_schema": {"schema": {"type": "array", "items": {"oneOf": [{"enum": ["a", 12]}]}, "maxItems": 2}},
+}
 
 
 def request(name: int, response_format: object = PAIR, **fields: object) -> TokenRequest:
@@ -79,7 +83,7 @@ def test_every_mask_on_the_way_is_the_librarys(guides):
 
 
 def test_ends_come_only_where_the_form_is_complete(guides):
-    letters = {"type": "regex", "regex": "ab|abc"}
+    letters = {"type": "grammar", "grammar": "start: /ab|abc/"}
     guide, late = start(guides, request(0, letters, stop_token_ids=()), request(1, letters, min_new_tokens=9))
     vocabulary = Tokenizer(guides._model_path)
     for letter in "ab":
@@ -135,6 +139,17 @@ def test_what_does_not_compile_is_refused_each_time(grammars, wanted, said):
         with pytest.raises(InvalidRequest, match=said) as caught:
             grammars.check(ResponseFormat.parse(wanted))
         assert caught.value.param == "response_format"
+
+
+def test_a_format_that_an_automaton_follows_needs_no_guide(guides):
+    guides.start(request(0, {"type": "regex", "regex": "[ab]+"}))
+    guides.start(request(1))
+    taken = []
+    while guides.is_compiling:
+        taken += [(one.request_id, guide) for one, guide in guides.take(patient=True)]
+    assert [name for name, _ in taken] == ["0", "1"]
+    assert taken[0][1] is None
+    assert isinstance(taken[1][1], Guide)
 
 
 def test_more_formats_than_are_kept(grammars):
