@@ -80,7 +80,10 @@ def _first_line(store: Store, file_id: str, caller: Caller) -> bytes:
 
 
 class Readers:
-    """Threads that read the files of batches while they are `validating`: those of this process's requests, and those left behind."""
+    """Threads that read the files of batches while they are `validating`: those of this process's requests, and those left behind.
+
+    They also count the bytes of the files of batches that are over.
+    """
 
     def __init__(self, services: Services) -> None:
         """Prepare; nothing runs before `start`."""
@@ -110,6 +113,7 @@ class Readers:
 
     def _run(self) -> None:
         from headrace.ingest import read_next
+        from headrace.output_files import count_next
 
         while not self._stop.is_set():
             # Not only when woken: the reader of another process may have been killed.
@@ -123,6 +127,8 @@ class Readers:
                     # There may be another for the other thread.
                     self._work.set()
                     self._services.send_chunks(model=self._services.store.get_batch(done).model)
+                while count_next(self._services.store, stop=self._stop.is_set):
+                    pass
             except (StoreUnavailable, StorageFull) as error:
                 log.warning(
                     "files of batches are read later: %s", error.message, extra={"event": "read_postponed", "code": error.code}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeVar
 
 import anyio
@@ -21,9 +21,10 @@ from api.batches import json_response
 from api.multipart import FormParser, PartBegins, PartData, PartEnds, boundary_of
 from api.services import Services, ServicesDep
 from headrace.batch import Batch, OutputKind
-from headrace.batch_output import line, split_file_id
+from headrace.batch_output import split_file_id
 from headrace.errors import Conflict, InvalidRequest, NotFound
 from headrace.file_schemas import FileDeleted, FileOut, FilePage
+from headrace.output_files import count, pages
 
 if TYPE_CHECKING:
     from headrace.store import Store
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1/files", tags=["Files"])
 T = TypeVar("T")
 
-OUTPUT_PAGE: Final = 500
-"""Lines of an output file that are in memory at one time."""
+COUNT_AT_ONCE: Final = 2000
+"""So many lines are counted while somebody waits for the answer; larger files of answers are counted by the readers."""
 MAX_FIELD_BYTES: Final = 1024
 MAX_NAME: Final = 255
 _FIELDS: Final = ("purpose", "file", "expires_after[anchor]", "expires_after[seconds]")
@@ -219,11 +220,14 @@ def list_files(
     after: Annotated[str | None, Query(description="The `last_id` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
-    purpose: Annotated[Literal["batch"] | None, Query(description="Files of answers are named by their batches.")] = None,
+    purpose: Annotated[
+        Literal["batch", "batch_output"] | None,
+        Query(description="Uploads, or the files of batches' answers; both when left out."),
+    ] = None,
 ) -> Response:
-    """Return a page of uploaded files, newest first. The files of a batch's answers are named by the batch."""
+    """Return a page of files, newest first: uploads, and the output and error files of batches that are over."""
     found = services.store.files.list(
-        after=None if after is None else _uploaded(after), limit=limit + 1, newest_first=order == "desc", purpose=purpose,
+        after=None if after is None else _known(after), limit=limit + 1, newest_first=order == "desc", purpose=purpose,
         owner=caller.scope,
     )  # fmt: skip
     data = [_shape(stored) for stored in found[:limit]]
@@ -235,9 +239,9 @@ def list_files(
     "/{file_id}", response_model=FileOut, summary="Look at a file", responses={200: examples.UPLOADED, **examples.problems(404)}
 )
 def get_file(file_id: FileId, services: ServicesDep, caller: CallerDep) -> Response:
-    """Return what is known of a file. That of a batch's answers is made while it is read: its `bytes` are 0."""
+    """Return what is known of a file. That of a batch's answers is `uploaded`, with 0 `bytes`, until they are counted: seconds."""
     if (output := _output(services, caller, file_id)) is not None:
-        return json_response(_shape_of_output(*output))
+        return json_response(_shape(_counted(services.store, *output)))
     return json_response(_shape(services.store.files.get(_uploaded(file_id), owner=caller.scope)))
 
 
@@ -251,7 +255,7 @@ def get_content(file_id: FileId, services: ServicesDep, caller: CallerDep) -> Re
     """Stream the content, in constant memory; a batch's answers in the order of its input."""
     headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
     if (output := _output(services, caller, file_id)) is not None:
-        lines = _lines(services.store, *output)
+        lines = pages(services.store, *output)
         return StreamingResponse(lines, media_type="application/octet-stream", headers=headers)
     stored = services.store.files.get(_uploaded(file_id), owner=caller.scope)
     headers["content-length"] = str(stored.bytes)
@@ -279,21 +283,25 @@ def _shape(stored: StoredFile) -> FileOut:
         created_at=int(stored.created_at),
         expires_at=None if stored.expires_at is None else int(stored.expires_at),
         filename=stored.filename,
-        purpose="batch",
+        purpose="batch_output" if stored.purpose == "batch_output" else "batch",
+        status="processed" if stored.is_counted else "uploaded",
+        status_details=None if stored.is_counted else "its bytes are being counted",
     )
 
 
-def _shape_of_output(batch: Batch, kind: OutputKind) -> FileOut:
-    over_at = next(at for at in (batch.completed_at, batch.expired_at, batch.cancelled_at, batch.created_at) if at is not None)
-    return FileOut(
-        id=str(batch.file_id(kind)),
-        bytes=0,
-        created_at=int(over_at),
-        expires_at=None,
-        filename=f"{batch.id}_{kind}.jsonl",
-        purpose="batch_output",
-        status_details="made of the batch's rows while it is read; its size is not known before",
-    )
+def _counted(store: Store, batch: Batch, kind: OutputKind) -> StoredFile:
+    """Return a file of answers, counted now where that is quick. Raises `NotFound` when its batch is deleted meanwhile."""
+    file_id = str(batch.file_id(kind))
+    stored = store.files.find_output(file_id)
+    if stored is None:
+        # A worker of an older release ended the batch, and lists no files.
+        store.announce_outputs(batch.id)
+        stored = store.files.find_output(file_id)
+    if stored is not None and not stored.is_counted and stored.lines <= COUNT_AT_ONCE:
+        stored = count(store, stored)
+    if stored is None:
+        raise NotFound(f"There is no file {file_id!r}")
+    return stored
 
 
 def clean_name(text: str) -> str:
@@ -302,10 +310,17 @@ def clean_name(text: str) -> str:
     return "".join(char for char in name if char.isprintable())[-MAX_NAME:] or "upload"
 
 
-def _uploaded(file_id: str) -> str:
-    """Return a well-formed id of an uploaded file. Raises `NotFound` before a database chokes on its characters."""
-    if not _ID.fullmatch(file_id) or split_file_id(file_id) is not None:
+def _known(file_id: str) -> str:
+    """Return a well-formed id. Raises `NotFound` before a database chokes on its characters."""
+    if not _ID.fullmatch(file_id):
         raise NotFound(f"There is no file {file_id[:80]!r}; GET /v1/files lists those that exist")
+    return file_id
+
+
+def _uploaded(file_id: str) -> str:
+    """Return a well-formed id of an uploaded file. Raises `NotFound`."""
+    if split_file_id(_known(file_id)) is not None:
+        raise NotFound(f"There is no file {file_id!r}")
     return file_id
 
 
@@ -329,11 +344,3 @@ def _or_none(look: Callable[[], T]) -> T | None:
         return look()
     except NotFound:
         return None
-
-
-def _lines(store: Store, batch: Batch, kind: OutputKind) -> Iterator[bytes]:
-    after = -1
-    # Pages in transactions of their own: a reader that stays open for hours would let SQLite's WAL grow without bound.
-    while rows := store.output_rows(batch.id, kind, after=after, limit=OUTPUT_PAGE):
-        yield b"".join(line(row, batch_id=batch.id, model=batch.model, endpoint=batch.endpoint) for row in rows)
-        after = rows[-1].position

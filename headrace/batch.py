@@ -70,6 +70,17 @@ ROWS: Final = "/v1/batches"
 """Endpoint of prompts that came in the request, or in a file of plain rows; the two above are OpenAI's."""
 OutputKind = Literal["output", "errors"]
 """The two files that a batch's completions make: the answers, and the errors."""
+OUTPUT_KINDS: Final[tuple[OutputKind, ...]] = ("output", "errors")
+
+
+def has_output_files(endpoint: str) -> bool:
+    """Whether batches of this endpoint have output files: they are in OpenAI's formats."""
+    return endpoint in (CHAT, TEXT)
+
+
+def output_file_id(batch_id: str, kind: OutputKind) -> str:
+    """Return the id of a batch's output or error file."""
+    return f"file-{batch_id.removeprefix('batch_')}-{kind}"
 
 
 class OutputRow(NamedTuple):
@@ -135,9 +146,9 @@ class Batch:
     def file_id(self, kind: OutputKind) -> str | None:
         """Return the id of the output or error file; None while the batch isn't over, and where no line would be in it."""
         count = self.counts.completed if kind == "output" else self.counts.failed
-        if self.endpoint not in (CHAT, TEXT) or not self.status.is_terminal or count == 0:
+        if not has_output_files(self.endpoint) or not self.status.is_terminal or count == 0:
             return None
-        return f"file-{self.id.removeprefix('batch_')}-{kind}"
+        return output_file_id(self.id, kind)
 
     @property
     def progress(self) -> float:

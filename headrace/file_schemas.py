@@ -16,17 +16,17 @@ class FileOut(_Shape):
 
     id: str
     object: Literal["file"] = "file"
-    bytes: int = Field(description="0 for a file of answers, which is made while it is read.")
+    bytes: int = Field(description="0 for a file of answers that is `uploaded`: they are being counted.")
     created_at: int
     expires_at: int | None
     filename: str
     purpose: Literal["batch", "batch_output"]
-    status: Literal["processed"] = "processed"
+    status: Literal["uploaded", "processed"] = "processed"
     status_details: str | None = None
 
 
 class FilePage(_Shape):
-    """A page of uploaded files; the next one is `?after=<last_id>`."""
+    """A page of files; the next one is `?after=<last_id>`."""
 
     object: Literal["list"] = "list"
     data: list[FileOut]

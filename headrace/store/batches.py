@@ -11,6 +11,7 @@ from headrace.batch import Batch, BatchStatus, Item, RequestCounts
 from headrace.completion import TokenUsage
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound
+from headrace.store import outputs
 from headrace.store.lifecycle import DELETING, advance, lock_batch
 from headrace.store.tables import batches, chunks, completions, ingests, now, prompts
 from headrace.store.values import to_json
@@ -101,6 +102,7 @@ def begin_delete(connection: Connection, batch_id: str) -> None:
         raise Conflict(f"Cannot delete a batch with status '{row.status}'; cancel it first.")
     values = {"status": DELETING, "idempotency_key": None, "updated_at": now()}
     connection.execute(update(batches).where(batches.c.id == batch_id).values(values))
+    outputs.forget(connection, batch_id)
 
 
 def find_deleting(connection: Connection) -> list[str]:

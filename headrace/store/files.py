@@ -1,7 +1,8 @@
 """Uploaded files: kept in SQL in parts of bounded size, so that several API processes share them without a disk between them.
 
 A file is 'uploading' until its last part is there; nobody sees it before. What was never completed, and what has expired, is swept.
-The file of a batch's answers is not here: it is made of the completions while it is read. Nothing here knows what is in a file.
+Of the file of a batch's answers only name and size are here: it is made of the completions while it is read. Nothing here knows what
+is in a file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, false, insert, or_, select, tuple_, update
 
 from headrace.errors import Conflict, NotFound
+from headrace.store.outputs import COUNTED, COUNTING, PURPOSE
 from headrace.store.session import Database
 from headrace.store.tables import file_parts, files, ingests, now
 
@@ -22,8 +24,11 @@ PART_BYTES: Final = 1 << 20
 """Largest part: what is in memory of a file at one time."""
 STALL_S: Final = 300.0
 """An upload of which no part arrived for so long is given up: whoever sent it is gone."""
+COUNT_LEASE_S: Final = 60.0
+"""Whoever counts the bytes of a file of answers, and has not said for so long that it goes on, is gone."""
 UPLOADING: Final = "uploading"
 PROCESSED: Final = "processed"
+_LISTED: Final = (PROCESSED, COUNTING, COUNTED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,8 @@ class StoredFile:
     parts: int
     created_at: float
     expires_at: float | None
+    is_counted: bool = True
+    """False: a file of answers whose `bytes` are not known yet, and 0."""
 
 
 def new_file_id() -> str:
@@ -54,7 +61,7 @@ def new_file_id() -> str:
 def from_row(row: Row[Any]) -> StoredFile:
     """Return the value of a row of `files`."""
     names = ("id", "owner", "purpose", "filename", "bytes", "lines", "sha256", "parts", "created_at", "expires_at")
-    return StoredFile(**{name: getattr(row, name) for name in names})
+    return StoredFile(**{name: getattr(row, name) for name in names}, is_counted=row.state != COUNTING)
 
 
 def lock(connection: Connection, file_id: str, *, owner: str | None = None) -> StoredFile:
@@ -152,17 +159,53 @@ class Files:
         purpose: str | None = None,
         owner: str | None = None,
     ) -> list[StoredFile]:
-        """Return files by time of creation, from the one after `after`. Raises `NotFound` when that is unknown."""
+        """Return files, those of answers too, by time of creation, from the one after `after`. Raises `NotFound` when that is unknown."""
         columns = (files.c.created_at, files.c.id)
-        query = select(files).where(files.c.state == PROCESSED, _seen_by(owner)).limit(limit)
+        listed = select(files).where(files.c.state.in_(_LISTED), _seen_by(owner))
+        query = listed.limit(limit)
         query = query.order_by(*(column.desc() if newest_first else column.asc() for column in columns))
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
         if after is not None:
-            last = self.get(after, owner=owner)
+            last = self._database.read(lambda connection: connection.execute(listed.where(files.c.id == after)).first())
+            if last is None:
+                raise NotFound(f"no file {after}", param="after")
             place = (last.created_at, last.id)
             query = query.where(tuple_(*columns) < place if newest_first else tuple_(*columns) > place)
         return self._database.read(lambda connection: [from_row(row) for row in connection.execute(query)])
+
+    def find_output(self, file_id: str) -> StoredFile | None:
+        """Return a file of answers; None where the release that ended its batch didn't list it."""
+        query = select(files).where(files.c.id == file_id, files.c.purpose == PURPOSE)
+        row = self._database.read(lambda connection: connection.execute(query).first())
+        return None if row is None else from_row(row)
+
+    def claim_counting(self) -> StoredFile | None:
+        """Take a file of answers whose bytes nobody counts; it is the caller's for `COUNT_LEASE_S` after each `go_on_counting`."""
+        waits = and_(files.c.state == COUNTING, files.c.updated_at < now() - COUNT_LEASE_S)
+        oldest = select(files).where(waits).order_by(files.c.updated_at).limit(1)
+
+        def work(connection: Connection) -> StoredFile | None:
+            row = connection.execute(oldest).first()
+            if row is None:
+                return None
+            taken = update(files).where(files.c.id == row.id, waits).values(updated_at=now())
+            return from_row(row) if connection.execute(taken).rowcount == 1 else None
+
+        # Asked often, and there is seldom one: a write would wait in line for SQLite's only writer.
+        if self._database.read(lambda connection: connection.execute(oldest).first()) is None:
+            return None
+        return self._database.write(work)
+
+    def go_on_counting(self, file_id: str) -> bool:
+        """Renew the claim; False when the file is gone."""
+        touched = update(files).where(files.c.id == file_id, files.c.purpose == PURPOSE).values(updated_at=now())
+        return self._database.write(lambda connection: connection.execute(touched).rowcount == 1)
+
+    def set_size(self, file_id: str, size: int) -> None:
+        """Note the bytes of a file of answers."""
+        counted = update(files).where(files.c.id == file_id, files.c.purpose == PURPOSE)
+        self._database.write(lambda connection: connection.execute(counted.values(bytes=size, state=COUNTED, updated_at=now())))
 
     def delete(self, file_id: str, *, owner: str | None = None) -> None:
         """Delete a file. Raises `NotFound`, and `Conflict` while a batch is being read from it; later its batches don't need it."""

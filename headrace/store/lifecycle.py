@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Row, and_, func, literal, or_, select, update
 from headrace.batch import BatchStatus, sources
 from headrace.completion import CompletionError
 from headrace.crash import crash_point
+from headrace.store import outputs
 from headrace.store.session import insert_new
 from headrace.store.tables import batches, chunks, completions, now, prompts
 from headrace.store.values import ChunkState, encode_answer
@@ -73,6 +74,7 @@ def settle(connection: Connection, batch_id: str) -> None:
         advance(connection, batch_id, BatchStatus.EXPIRED)
     elif advance(connection, batch_id, BatchStatus.FINALIZING):
         advance(connection, batch_id, BatchStatus.COMPLETED)
+    outputs.announce(connection, row)
 
 
 def is_stopping(batch: Row[Any]) -> bool:

@@ -1,14 +1,42 @@
-"""Completions with the names of their prompts, as stored: what output files are made of.
+"""The files of a batch's answers: their rows in the list of files, and the completions, with the names of prompts, that they are made of.
 
-Every function works inside the caller's transaction. Formats are not known here.
+Every function works inside the caller's transaction. Formats are not known here, so neither are sizes: who knows them counts.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select
+from typing import Any, Final
 
-from headrace.batch import OutputKind, OutputRow
-from headrace.store.tables import completions, prompts
+from sqlalchemy import Connection, Row, delete, select
+
+from headrace.batch import OUTPUT_KINDS, OutputKind, OutputRow, has_output_files, output_file_id
+from headrace.store.session import insert_new
+from headrace.store.tables import completions, files, now, prompts
+
+PURPOSE: Final = "batch_output"
+COUNTING: Final = "counting"
+COUNTED: Final = "counted"
+"""In `files.state`, where an upload has other words: no query for uploads meets a file that has no parts."""
+
+
+def announce(connection: Connection, batch: Row[Any]) -> None:
+    """List the files of a batch that is over, their sizes to be counted. A second time changes nothing."""
+    if not has_output_files(batch.endpoint):
+        return
+    lines: dict[OutputKind, int] = {"output": batch.completed, "errors": batch.failed}
+    rows = [
+        {"id": output_file_id(batch.id, kind), "owner": batch.owner, "purpose": PURPOSE, "filename": f"{batch.id}_{kind}.jsonl",
+         "state": COUNTING, "lines": lines[kind]}
+        for kind in OUTPUT_KINDS if lines[kind]
+    ]  # fmt: skip
+    for row in rows:
+        # Touched never: whoever looks for work takes it at once.
+        connection.execute(insert_new(connection, files).values(**row, created_at=now(), updated_at=0.0))
+
+
+def forget(connection: Connection, batch_id: str) -> None:
+    """Take the files of a batch out of the list."""
+    connection.execute(delete(files).where(files.c.id.in_([output_file_id(batch_id, kind) for kind in OUTPUT_KINDS])))
 
 
 def page(connection: Connection, batch_id: str, kind: OutputKind, *, after: int, limit: int) -> list[OutputRow]:

@@ -334,6 +334,16 @@ class Store:
             yield from found
             after = found[-1].index
 
+    def announce_outputs(self, batch_id: str) -> None:
+        """List the files of a batch that is over, where the release that ended it did not."""
+
+        def work(connection: Any) -> None:
+            row = lifecycle.lock_batch(connection, batch_id)
+            if row is not None and BatchStatus(row.status).is_terminal:
+                outputs.announce(connection, row)
+
+        self._database.write(work)
+
     def output_rows(self, batch_id: str, kind: OutputKind, *, after: int = -1, limit: int = 500) -> list[OutputRow]:
         """Return up to `limit` answers ('output') or errors ('errors') with an index above `after`, by index, with their custom_ids."""
         return self._database.read(lambda connection: outputs.page(connection, batch_id, kind, after=after, limit=limit))

@@ -5,7 +5,7 @@
     chunks       a range of indexes that is sent, leased, counted and finished as one
     completions  (batch_id, index): the answer or the error of a prompt; written once, whoever delivers it how often
     workers      the workers' last word
-    files        uploaded files, in `file_parts` of bounded size
+    files        uploaded files, in `file_parts` of bounded size, and the names and sizes of the files of answers
     ingests      how far the file of a batch that is `validating` is read, and by whom: gone when the batch is open
     api_keys     who may call the API, and how much of it; a key itself is not here, only its hash
     lanes        whose turn it is: how far each owner got at each priority of a model (see `headrace.store.turns`)
@@ -248,7 +248,8 @@ files = Table(
     Column("owner", String(64)),
     Column("purpose", String(32), nullable=False),
     Column("filename", Text, nullable=False),
-    # 'uploading' until the last part is there, then 'processed'.
+    # 'uploading' until the last part is there, then 'processed'. A file of answers, which has no parts: 'counting' until its size is
+    # known, then 'counted'.
     Column("state", String(16), nullable=False),
     _counter("bytes"),
     # Line ends: what a batch of it announces before it is read.
@@ -262,6 +263,8 @@ files = Table(
     Index("ix_files_created_at_id", "created_at", "id"),
     Index("ix_files_owner_created_at_id", "owner", "created_at", "id"),
 )
+COUNTING = text("state = 'counting'")
+Index("ix_files_counting", files.c.updated_at, sqlite_where=COUNTING, postgresql_where=COUNTING)
 
 file_parts = Table(
     "file_parts",

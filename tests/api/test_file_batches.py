@@ -12,12 +12,14 @@ import pytest
 from live_api import LiveApi
 from openai.types import Batch, FileObject
 from servers import wait_until
+from sqlalchemy import delete
 
 from headrace.batch import BatchStatus
 from headrace.broker import Broker, dispatch
 from headrace.completion import Choice, Completion, CompletionError, TokenLogprobs, TokenUsage
 from headrace.settings import Settings
 from headrace.store import Store
+from headrace.store.tables import files
 
 CHAT = "/v1/chat/completions"
 
@@ -223,6 +225,64 @@ def test_a_file_may_go_when_its_batch_has_been_read(client: openai.OpenAI, store
     assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
     with pytest.raises(openai.NotFoundError):
         client.files.content(str(done.output_file_id).replace("output", "errors"))
+
+
+def test_files_of_answers_are_listed_with_their_bytes(client: openai.OpenAI, store: Store) -> None:
+    lines = [request(number, **({"tools": [{"type": "function"}]} if number == 1 else {})) for number in range(3)]
+    lines[2]["custom_id"] = "naïve 水車"
+    done = read(client, create(client, lines))
+    assert [file.purpose for file in client.files.list()] == ["batch"]
+    answer(store)
+    done = client.batches.retrieve(done.id)
+    ids = [str(done.output_file_id), str(done.error_file_id)]
+    for file_id in ids:
+        file = client.files.retrieve(file_id)
+        FileObject.model_validate(file.model_dump(), strict=True)
+        assert (file.bytes, file.status, file.purpose) == (
+            len(client.files.content(file_id).read()),
+            "processed",
+            "batch_output",
+        )
+        assert file.bytes > 100
+    listed = {file.id: file for file in client.files.list(limit=1)}
+    assert set(listed) == {*ids, str(done.input_file_id)}
+    assert [listed[file_id].bytes for file_id in ids] == [client.files.retrieve(file_id).bytes for file_id in ids]
+    assert {file.id for file in client.files.list(purpose="batch_output")} == set(ids)
+    assert [file.id for file in client.files.list(purpose="batch")] == [done.input_file_id]
+    with pytest.raises(openai.NotFoundError):
+        client.batches.create(input_file_id=ids[0], endpoint=CHAT, completion_window="24h")
+    store.files.sweep(retention_s=0)
+    assert {file.id for file in client.files.list()} == set(ids), "they go with their batch"
+    store.delete_batch(done.id)
+    assert list(client.files.list()) == []
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(ids[0])
+
+
+def test_a_large_file_of_answers_is_counted_in_the_background(
+    client: openai.OpenAI, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody who looks waits for it: the file is `uploaded` until its bytes are known."""
+    monkeypatch.setattr("api.files.COUNT_AT_ONCE", 0)
+    monkeypatch.setattr("headrace.output_files.PAGE", 2)
+    monkeypatch.setattr("headrace.output_files._PAGES_A_CLAIM", 2)
+    batch = read(client, create(client, [request(number) for number in range(9)]))
+    answer(store)
+    file_id = str(client.batches.retrieve(batch.id).output_file_id)
+    wait_until(lambda: client.files.retrieve(file_id).status == "processed", timeout_s=10)
+    assert client.files.retrieve(file_id).bytes == len(client.files.content(file_id).read())
+
+
+def test_the_files_of_a_batch_that_an_older_release_ended_are_listed_once_looked_at(
+    client: openai.OpenAI, store: Store
+) -> None:
+    batch = read(client, create(client, [request(0)]))
+    answer(store)
+    file_id = str(client.batches.retrieve(batch.id).output_file_id)
+    store._database.write(lambda connection: connection.execute(delete(files).where(files.c.id == file_id)))
+    assert [file.id for file in client.files.list(purpose="batch_output")] == []
+    assert client.files.retrieve(file_id).bytes == len(client.files.content(file_id).read())
+    assert [file.id for file in client.files.list(purpose="batch_output")] == [file_id]
 
 
 def test_a_file_that_expires_says_when(client: openai.OpenAI) -> None:

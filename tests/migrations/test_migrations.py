@@ -115,6 +115,20 @@ def test_rows_of_the_first_release_live_through_0002_and_back(store: Store) -> N
     assert columns.isdisjoint({"owner", "lane", "turn", "reserved"})
 
 
+def test_the_answers_of_batches_that_were_over_before_are_listed(store: Store) -> None:
+    made = {}
+    for endpoint in ("/v1/chat/completions", "/v1/batches"):
+        made[endpoint] = submit(store, 2, endpoint=endpoint).id
+        work_off(store, take(store))
+    submit(store, 2, endpoint="/v1/chat/completions")  # not over
+    listed = [(file.id, file.purpose, file.lines, file.is_counted) for file in store.files.list()]
+    store._database.change_schema(lambda connection: command.downgrade(alembic_config(connection), "0004"))
+    assert store.files.list() == []
+    store.migrate()
+    assert [(file.id, file.purpose, file.lines, file.is_counted) for file in store.files.list()] == listed
+    assert [row[0] for row in listed] == [f"file-{made['/v1/chat/completions'].removeprefix('batch_')}-output"]
+
+
 def test_a_worker_of_this_release_starts_on_the_schema_of_the_next(store: Store) -> None:
     """A rolling update migrates first; a worker that is restarted meanwhile must not wait for its old schema to come back."""
     store._database.write(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '9999'")))

@@ -1,0 +1,59 @@
+"""How large the files of a batch's answers are: counted once, when the batch is over, because their lines exist only while they are read.
+
+Knows no HTTP; whose turn it is to count is said by the store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from headrace.batch import Batch, OutputKind
+from headrace.batch_output import line, split_file_id
+from headrace.errors import NotFound
+
+if TYPE_CHECKING:
+    from headrace.store import Store
+    from headrace.store.files import StoredFile
+
+log = logging.getLogger(__name__)
+
+PAGE: Final = 500
+"""Lines of an output file that are in memory at one time."""
+_PAGES_A_CLAIM: Final = 50
+
+
+def pages(store: Store, batch: Batch, kind: OutputKind) -> Iterator[bytes]:
+    """Make the file's lines, `PAGE` of them at a time."""
+    after = -1
+    # Pages in transactions of their own: a reader that stays open for hours would let SQLite's WAL grow without bound.
+    while rows := store.output_rows(batch.id, kind, after=after, limit=PAGE):
+        yield b"".join(line(row, batch_id=batch.id, model=batch.model, endpoint=batch.endpoint) for row in rows)
+        after = rows[-1].position
+
+
+def count_next(store: Store, *, stop: Callable[[], bool]) -> bool:
+    """Count the bytes of one file that waits for it; False: there is none, or `stop` said so before the end."""
+    stored = store.files.claim_counting()
+    return stored is not None and count(store, stored, stop=stop) is not None
+
+
+def count(store: Store, stored: StoredFile, *, stop: Callable[[], bool] = lambda: False) -> StoredFile | None:
+    """Count a file's bytes, note them, and return it with them; None: its batch is gone, or `stop` said so before the end."""
+    place = split_file_id(stored.id)
+    assert place is not None, f"{stored.id} is no file of answers"
+    batch_id, kind = place
+    try:
+        batch = store.get_batch(batch_id)
+    except NotFound:
+        return None
+    size = 0
+    for number, page in enumerate(pages(store, batch, kind), 1):
+        size += len(page)
+        if stop() or (number % _PAGES_A_CLAIM == 0 and not store.files.go_on_counting(stored.id)):
+            return None
+    store.files.set_size(stored.id, size)
+    log.debug("%s has %d bytes", stored.id, size, extra={"event": "output_counted", "file_id": stored.id, "bytes": size})
+    return replace(stored, bytes=size, is_counted=True)
