@@ -145,13 +145,13 @@ def _walk(p_row, u, scale, best, threshold, V, BLOCK: tl.constexpr, STAGES: tl.c
 
 
 @triton.jit
-def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr, COUNT: tl.constexpr, SHIFT: tl.constexpr):
     """The greatest value from which up the row holds more than `bound`: values if COUNT, else weight of those >= `least`.
 
     Two bits a pass over the whole row: the rare, slow way. `floor` must hold more than the bound.
     """
-    low = _key(floor, 0)
-    high = _key(best, 0)
+    low = _key(floor, SHIFT)
+    high = _key(best, SHIFT)
     while low < high:
         span = high.to(tl.int64) - low.to(tl.int64)
         i_1 = (low + (span + 3) // 4).to(tl.int32)
@@ -162,7 +162,7 @@ def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr,
         held_3 = 0.0
         for start in range(0, V, BLOCK):
             b_x = _values(p_row, start, V, BLOCK)
-            b_key = _key(b_x, 0)
+            b_key = _key(b_x, SHIFT)
             if COUNT:
                 b_weight = (b_x > float("-inf")).to(tl.float32)
             else:
@@ -180,7 +180,7 @@ def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr,
             high = i_2 - 1
         else:
             high = i_1 - 1
-    return _value(low, 0)
+    return _value(low, SHIFT)
 
 
 @triton.jit
@@ -258,11 +258,13 @@ def _draw_candidates(b_x, b_weight, p_ids, k, top_p, least, u, mass, SHIFT: tl.c
 
 
 @triton.jit
-def _draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _draw_row(
+    p_row, u, k, top_p, scale, best, floor, least, mass, V, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
     """Draw where the candidates do not decide: unfiltered rows, and rows that keep more than fit."""
     threshold = least
     if k > 0:
-        threshold = _search_row(p_row, floor, k - 0.5, scale, best, least, V, BLOCK, True)
+        threshold = _search_row(p_row, floor, k - 0.5, scale, best, least, V, BLOCK, True, SHIFT)
     if top_p < 1:
         kept = best * 0.0 + float("-inf")
         if k > 0:
@@ -270,7 +272,7 @@ def _draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, BLOCK: tl.
             mass = 0.0
             for start in range(0, V, BLOCK):
                 mass += tl.sum(_weights(p_row, start, scale, best, kept, V, BLOCK), axis=0)
-        threshold = _search_row(p_row, kept, top_p * mass, scale, best, kept, V, BLOCK, False)
+        threshold = _search_row(p_row, kept, top_p * mass, scale, best, kept, V, BLOCK, False, SHIFT)
     return _walk(p_row, u, scale, best, tl.maximum(threshold, least), V, BLOCK, STAGES)
 
 
@@ -325,9 +327,12 @@ def _sample_kernel(
         if ((k > 0) | (top_p < 1)) & (wanted <= GROUPS):
             b_key = _key(b_best, SHIFT)
             floor = _value(_kth_key(b_key, wanted, tl.min(b_key, axis=0)), SHIFT)
+        # A row that a grammar has left few tokens to: those are the candidates, all of them.
+        few = ((k > 0) | (top_p < 1)) & (wanted <= GROUPS) & (floor == float("-inf"))
         if V <= CANDIDATES:
             floor = best * 0.0 + float("-inf")
         low = tl.where(k > 0, floor, tl.maximum(floor, least))
+        low = tl.where(few, tl.maximum(low, -3.4028234663852886e38), low)
         p_row_values = p_values + i_row * CANDIDATES
         p_row_ids = p_ids + i_row * CANDIDATES
         if (low > float("-inf")) | (V <= CANDIDATES):
@@ -337,14 +342,14 @@ def _sample_kernel(
             tl.debug_barrier()
             b_x, b_weight = _candidate_weights(p_row_values, count, scale, best, CANDIDATES)
             # Top-p alone is decided here if the candidates hold more than p of the row, or all that min-p keeps.
-            decided = (k > 0) | (top_p >= 1) | (least >= floor) | (V <= CANDIDATES)
+            decided = (k > 0) | (top_p >= 1) | (least >= floor) | (V <= CANDIDATES) | few
             decided = decided | (tl.sum(b_weight, axis=0) > top_p * mass)
             count = tl.where(decided, count, CANDIDATES + 1)
             if decided:
                 token = _draw_candidates(b_x, b_weight, p_row_ids, k, top_p, least, u, mass, SHIFT)
                 tl.store(p_out + i_row, tl.minimum(tl.maximum(token, 0), V - 1).to(tl.int64))
     if count > CANDIDATES:
-        token = _draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, GROUPS, STAGES)
+        token = _draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, GROUPS, STAGES, SHIFT)
         # Logits full of NaN choose nothing: the id must be one of the vocabulary all the same.
         tl.store(p_out + i_row, tl.minimum(tl.maximum(token, 0), V - 1).to(tl.int64))
 

@@ -91,6 +91,7 @@ def check_all_reduce(scale: Scale) -> Iterator[Check]:
         yield Check(
             "gather_columns", case, relative_error(all_reduce.gather_columns(Peers(1, parts), rows, dim), gathered), 0.0
         )
+        yield from _shares(scale, size, rows, dim, dtype)
         for rank in range(size):
             sums = all_reduce.two_shot(Peers(rank, parts), rows, dim)
         yield Check(
@@ -98,6 +99,30 @@ def check_all_reduce(scale: Scale) -> Iterator[Check]:
         )
         kept = max(relative_error(part[-8:], old[-8:]) for part, old in zip(parts, before, strict=True))
         yield Check("two_shot", case + " behind it", kept, 0.0)
+
+
+def _shares(scale: Scale, size: int, rows: int, dim: int, dtype: torch.dtype) -> Iterator[Check]:
+    share = -(-rows // size)
+    parts = _randn(scale, dtype, size, size * share, dim)
+    weight, residual = _randn(scale, dtype, dim), _randn(scale, dtype, size * share, dim)
+    got = [torch.full((rows * dim + 8,), torch.nan, dtype=dtype, device=scale.device) for _ in range(size)]
+    total, want = residual[:rows].clone(), [part.clone() for part in got]
+    for rank in range(size):
+        mine = slice(rank * share, max(rank * share, min((rank + 1) * share, rows)))
+        inbox = torch.cat(
+            [parts[other, rank * share : (rank + 1) * share].reshape(-1) for other in range(size) if other != rank]
+        )
+        arguments = (parts[rank, mine], inbox)
+        for op, outs, kept in ((all_reduce, got, residual), (reference_all_reduce, want, total)):
+            if op is all_reduce:
+                op.share_add_rms_norm(Peers(rank, tuple(outs)), *arguments, kept[mine], weight, 1e-5, share=share)
+            else:
+                op.share_add_rms_norm(outs, rank, *arguments, kept[mine], weight, 1e-5, share=share)
+    case = f"{size} ranks {rows}x{dim} {dtype}"
+    yield Check("share_add_rms_norm", case + " sum", relative_error(residual[:rows], total), 0.0)
+    for one, other in zip(got, want, strict=True):
+        yield Check("share_add_rms_norm", case, relative_error(one[: rows * dim], other[: rows * dim]), TOLERANCE[dtype])
+        yield Check("share_add_rms_norm", case + " behind it", float(not one[rows * dim :].isnan().all()), 0.0)
 
 
 def check_silu_mul(scale: Scale) -> Iterator[Check]:
@@ -262,6 +287,7 @@ _KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "tied": lambda x: (x * 4).round() / 2,
     "flat": lambda x: x * 0.01,
     "banned": lambda x: torch.where(x < 0, -torch.inf, x),
+    "few": lambda x: torch.where(x < x.amax(-1, keepdim=True) - 1.5, -torch.inf, x),
 }
 
 
@@ -280,7 +306,7 @@ def broken_rows(logits_RV: Tensor, inputs: SamplingInputs) -> float:
 def check_sampling(scale: Scale) -> Iterator[Check]:
     vocabs = (63, 5000) if scale.small else (63, 1000, 49152, 128256)
     for vocab, (kind, shape_of) in itertools.product(vocabs, _KINDS.items()):
-        if scale.small and vocab > 1000 and kind in ("tied", "banned"):
+        if scale.small and kind in (("tied", "banned") if vocab > 1000 else ("few",)):
             continue
         rows = len(_WISHES) * (1 if scale.small else 4)
         logits = shape_of(torch.randn(rows, vocab)).to(scale.device)
