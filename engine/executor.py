@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from engine import kv_cache
+from engine.compile_ahead import CompileAhead
 from engine.kv_cache import MemoryReport
 from engine.model_info import read_config
 from engine.models.decoder import Decoder, LayerCache
@@ -63,11 +64,15 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     watch = Stopwatch()
     _connect(options, group, dtype=dtype, device=device)
     watch.lap("connect")
+    spec = ModelSpec.read(read_config(Path(options.model_path))).shard(group.size)
+    compiling = CompileAhead(spec, options, device=device)
     with torch.inference_mode():
         decoder = load_decoder(
             Path(options.model_path), dtype=dtype, device=device, group=group, max_positions=options.session_len + 1
         )
         watch.lap("weights")
+        compiling.wait()
+        watch.lap("kernels")
         memory = _measure(options, decoder, group, dtype=dtype, device=device)
         watch.lap("profile")
         caches = kv_cache.allocate(
