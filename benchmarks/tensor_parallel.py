@@ -4,7 +4,8 @@
 
 Checked first, on all ranks, eager and captured (`tests/support/rank_checks.py`); a failed check ends the run without a figure. Then each
 way is timed in a captured graph of calls that use two regions in turn, as a decode step does: microseconds a call, the slowest rank's.
-`sum`: the sum alone; `step`: with the residual and the norm behind it, which is what stands between two layers.
+`sum`: the sum alone; `step`: with the residual and the norm behind it, which is what stands between two layers (by shares, the parts
+are where the GEMM wrote them).
 
 Each size is one JSON line, printed and appended to benchmarks/results/all_reduce.jsonl.
 """
@@ -47,6 +48,7 @@ class Ways:
         self.parts = [memory.part(region, rows, dim, DTYPE) for region in (0, 1)]
         self.peers = [memory.peers(region, DTYPE) for region in (0, 1)]
         self.residual = torch.zeros_like(self.parts[0])
+        self.own = torch.randn_like(self.residual)
         self.weight = torch.ones(dim, dtype=DTYPE, device=self.residual.device)
         world = torch.distributed.group.WORLD
         assert world is not None
@@ -62,8 +64,16 @@ class Ways:
             "sum two_shot": lambda turn: all_reduce.two_shot(self.peers[turn], self.rows, self.dim),
             "step nccl": lambda turn: self._normed(self.group.all_reduce(self.parts[turn])),
             "step one_shot": lambda turn: all_reduce.one_shot_add_rms_norm(self.peers[turn], self.residual, self.weight, 1e-5),
+            "step shares": self._by_shares,
             "step two_shot": lambda turn: self._normed(all_reduce.two_shot(self.peers[turn], self.rows, self.dim)),
         }
+
+    def _by_shares(self, _: int) -> object:
+        """What is left of the sum where GEMMs have written the parts into the ranks' memory."""
+        share = -(-self.rows // self.group.size)
+        mine = slice(self.group.rank * share, min((self.group.rank + 1) * share, self.rows))
+        own, inbox = self.own[mine], self.peers[0].parts[self.group.rank]
+        return all_reduce.share_add_rms_norm(self.peers[1], own, inbox, self.residual[mine], self.weight, 1e-5, share=share)
 
     def _normed(self, x_TD: torch.Tensor) -> object:
         return add_rms_norm(x_TD, self.residual, self.weight, 1e-5)

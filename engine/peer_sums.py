@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 
 Way = Literal["one_shot", "two_shot", "nccl"]
 WAYS: tuple[Way, ...] = get_args(Way)
-_GATHER = 2
+_INBOX, _OUTBOX, _GATHER = range(3)
+SHARES_FROM = 2048
+"""Rows from which a GEMM of each rank's share of them is as fast as one of them all."""
 _MOST_SUM_BYTES = 128 << 20
 _MOST_GATHER_BYTES = 512 << 20
 _CALLS = 8
@@ -47,6 +49,8 @@ class PeerSums:
         self._device = memory.ranks[memory.rank].device
         self._ways: tuple[tuple[int, Way], ...] = ()
         self._turn = 0
+        self._rank = memory.rank
+        self._others = tuple(rank for rank in range(len(memory.ranks)) if rank != memory.rank)
         self._regions = tuple(memory.peers(region, dtype) for region in range(3))
 
     @property
@@ -75,6 +79,52 @@ class PeerSums:
         if way == "two_shot":
             return add_rms_norm(all_reduce.two_shot(peers, *residual_TD.shape), residual_TD, weight_D, eps)
         return add_rms_norm(self._group.all_reduce(part_TD), residual_TD, weight_D, eps)
+
+    def shares(self, rows: int) -> bool:
+        """Whether a step of so many rows is summed by shares."""
+        return rows >= SHARES_FROM
+
+    def targets(self, rows: int) -> list[tuple[slice, Tensor]]:
+        """Give each rank's share of a step's rows and where this rank writes its part of them: its own last."""
+        return [(self._share(rank, rows), self._target(rank, rows)) for rank in self._others] + [
+            (self._share(self._rank, rows), self._target(self._rank, rows))
+        ]
+
+    def _share(self, rank: int, rows: int) -> slice:
+        share = -(-rows // self._group.size)
+        return slice(min(rank * share, rows), min((rank + 1) * share, rows))
+
+    def _target(self, rank: int, rows: int) -> Tensor:
+        mine = self._share(rank, rows)
+        count = mine.stop - mine.start
+        if rank == self._rank:
+            return torch.empty((count, self._dim), dtype=self._dtype, device=self._device)
+        place = (self._rank - (self._rank > rank)) * -(-rows // self._group.size) * self._dim
+        return self._regions[_INBOX].parts[rank][place : place + count * self._dim].view(count, self._dim)
+
+    def share_add_rms_norm(self, own_SD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Add up this rank's share, add the residual's rows of it, and give all ranks' normed rows [T, D], until the next sum of any kind.
+
+        Of `residual_TD` this rank's rows alone count, and are written over.
+        """
+        rows = len(residual_TD)
+        all_reduce.share_add_rms_norm(
+            self._regions[_OUTBOX],
+            own_SD,
+            self._regions[_INBOX].parts[self._rank],
+            residual_TD[self._share(self._rank, rows)],
+            weight_D,
+            eps,
+            share=-(-rows // self._group.size),
+        )
+        return self._memory.part(_OUTBOX, rows, self._dim, self._dtype)
+
+    def whole_rows(self, residual_TD: Tensor, rows_R: Tensor) -> Tensor:
+        """Give rows of a residual of which each rank has its share."""
+        mine = self._share(self._rank, len(residual_TD))
+        is_mine_R1 = ((rows_R >= mine.start) & (rows_R < mine.stop))[:, None]
+        kept_RD = torch.where(is_mine_R1, residual_TD.index_select(0, rows_R), 0.0)
+        return self._group.all_reduce(kept_RD) if len(rows_R) else kept_RD
 
     def columns(self, rows: int, columns: int) -> Tensor | None:
         """Give the [rows, columns] into which this rank writes its part of what is gathered; None: too much for the region."""

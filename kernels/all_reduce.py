@@ -60,6 +60,23 @@ def two_shot(peers: Peers, rows: int, dim: int) -> Tensor:
     return reference.two_shot(peers.parts, peers.rank, rows, dim)
 
 
+def share_add_rms_norm(
+    peers: Peers, own_SD: Tensor, inbox: Tensor, residual_SD: Tensor, weight_D: Tensor, eps: float, *, share: int
+) -> None:
+    """Add up this rank's share of the rows, add and norm the residual, and write the normed rows into every rank's part of `peers`.
+
+    Rank r's rows are r · share and so on, `share` of them, fewer or none at the end. `own_SD` [S, D] is what this rank gives to its own rows; `inbox`
+    what the others gave, flat: [ranks - 1, share, D], in the order of the ranks. `residual_SD` [S, D] is written over with the new sum. Rounded
+    as `one_shot_add_rms_norm` rounds. On return, in stream order, all ranks' rows are in all parts, which may be read until the next op of any kind.
+    """
+    if peers.parts[0].is_cuda:
+        from kernels.gpu import all_reduce as gpu
+
+        gpu.share_add_rms_norm(peers, own_SD, inbox, residual_SD, weight_D, eps, share=share)
+    else:
+        reference.share_add_rms_norm(peers.parts, peers.rank, own_SD, inbox, residual_SD, weight_D, eps, share=share)
+
+
 def gather_columns(peers: Peers, rows: int, columns: int) -> Tensor:
     """Put the ranks' [rows, columns] side by side: [rows, ranks · columns]. The parts may be written again at once."""
     if peers.parts[0].is_cuda:

@@ -33,6 +33,27 @@ def two_shot(parts: Sequence[Tensor], rank: int, rows: int, dim: int) -> Tensor:
     return parts[rank][: rows * dim].view(rows, dim)
 
 
+def share_add_rms_norm(
+    parts: Sequence[Tensor],
+    rank: int,
+    own_SD: Tensor,
+    inbox: Tensor,
+    residual_SD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    *,
+    share: int,
+) -> None:
+    """Sum, add and norm `rank`'s rows, write the sum over `residual_SD` and the normed rows into every part."""
+    rows, dim = own_SD.shape
+    others = [inbox[number * share * dim :][: rows * dim] for number in range(len(parts) - 1)]
+    mine = [*others[:rank], own_SD.reshape(-1), *others[rank:]]
+    x_SD, total_SD = one_shot_add_rms_norm(mine, residual_SD, weight_D, eps)
+    residual_SD.copy_(total_SD)
+    for part in parts:
+        part[rank * share * dim :][: rows * dim] = x_SD.view(-1)
+
+
 def gather_columns(parts: Sequence[Tensor], rows: int, columns: int) -> Tensor:
     """Put [rows, columns] of each part side by side."""
     return torch.cat([part[: rows * columns].view(rows, columns) for part in parts], dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
-from engine.models.residual import FewRows, ManyRows, RankRows, Residual
+from engine.models.residual import FewRows, ManyRows, RankRows, Residual, SharedRows
 from engine.models.spec import ModelSpec
 from engine.parallel import ParallelGroup
 from kernels.attention import AttentionMetadata, paged_attention, plan_attention
@@ -116,6 +116,8 @@ class Decoder:
             few = row_bucket(len(x_TD)) in self.few_rows
         sums = self.group.sums
         if sums is not None and len(x_TD) <= sums.most_rows:
+            if sums.shares(len(x_TD)):
+                return SharedRows(x_TD, self.spec.norm_eps, sums)
             return RankRows(x_TD, self.spec.norm_eps, sums, few=few)
         return (FewRows if few else ManyRows)(x_TD, self.spec.norm_eps)
 

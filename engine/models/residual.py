@@ -135,3 +135,45 @@ class RankRows:
         x_TD, self._residual_TD = self._sums.add_rms_norm(self._residual_TD, norm_D, self._eps)
         self._has_parts = False
         return x_TD
+
+
+class SharedRows:
+    """A stream of very many rows of which each rank keeps its share: GEMMs write the parts of a share into its rank's memory."""
+
+    def __init__(self, residual_TD: Tensor, eps: float, sums: PeerSums) -> None:
+        """Start with the embedded tokens, whole on every rank, which may be written over."""
+        self._residual_TD = residual_TD
+        self._eps = eps
+        self._sums = sums
+        self._own_SD: Tensor | None = None
+        # Set by keep(): few rows, whole on every rank again.
+        self._kept: RankRows | None = None
+
+    def read(self, linear: ColumnLinear, norm_D: Tensor, *, gated: bool = False) -> Tensor:
+        """See `Residual.read`."""
+        y_TO = linear(self.normed(norm_D))
+        return silu_mul(y_TO) if gated else y_TO
+
+    def add(self, linear: RowLinear, x_TI: Tensor) -> None:
+        """See `Residual.add`."""
+        if self._kept is not None:
+            self._kept.add(linear, x_TI)
+            return
+        for rows, out_SD in self._sums.targets(len(x_TI)):
+            linear.part(x_TI[rows], out_SD, few=False)
+            self._own_SD = out_SD  # the last one
+
+    def keep(self, rows_R: Tensor, x_TI: Tensor) -> Tensor:
+        """See `Residual.keep`."""
+        assert self._own_SD is None, "rows are left between a sublayer and its sum"
+        self._kept = RankRows(self._sums.whole_rows(self._residual_TD, rows_R), self._eps, self._sums, few=False)
+        return x_TI.index_select(0, rows_R)
+
+    def normed(self, norm_D: Tensor) -> Tensor:
+        """See `Residual.normed`."""
+        if self._kept is not None:
+            return self._kept.normed(norm_D)
+        if self._own_SD is None:
+            return rms_norm(self._residual_TD, norm_D, self._eps)
+        own_SD, self._own_SD = self._own_SD, None
+        return self._sums.share_add_rms_norm(own_SD, self._residual_TD, norm_D, self._eps)

@@ -8,6 +8,8 @@ nothing is ever reset, and a captured graph may be replayed: how far a program h
   at its start: then the parts are there. Nobody meets at the end, so a part must stay as it is until a later meeting: whoever
   uses two regions in turn has that.
 - Two shots: each rank adds up its share of the elements and writes the sums into every rank's memory. It meets at the end too.
+- By shares: the parts of a rank's share of the rows were written into its memory by its peers, whose GEMMs give their results there.
+  It adds them up and writes the normed rows into every rank's memory: half the bytes of the others, and none to wait for at first.
 
 A launch is cut by its shape alone, on all ranks alike: programs that don't meet would wait for ever.
 """
@@ -32,6 +34,7 @@ MAX_PROGRAMS = 256
 _LINE = tl.constexpr(32)
 """Flags of a program, one for each rank, in 128 bytes of their own: programs must not wait for each other's lines."""
 FLAGS_BYTES = MAX_PROGRAMS * 32 * 4
+_MANY_ROWS = 4096
 _TWO_SHOT_BLOCK = 4096
 _GATHER_BLOCK = 4096
 
@@ -140,6 +143,44 @@ def _two_shot_kernel(
         tl.store(p_counts + i_program, count + 1)
 
 
+@triton.jit(do_not_specialize=["flags_from", "first", "rows", "share"])
+def _share_kernel(
+    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, p_own, p_inbox, p_residual, p_weight, first, rows, share, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, MEETS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    p_ranks = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
+    launch_ahead.release(PDL)
+    i_program = tl.program_id(0)
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < D
+    b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+    launch_ahead.wait(PDL)
+    if MEETS:
+        count = tl.load(p_counts + i_program) + 1
+        _meet(p_ranks, flags_from, i_program, count, RANK, SIZE)
+    width = tl.full((), D, tl.int64)
+    for i_row in range(i_program, rows, tl.num_programs(0)):
+        o_x = i_row * width + o_d
+        b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+        for i_rank in tl.static_range(SIZE):
+            place = (i_rank - (1 if i_rank > RANK else 0)) * share * width
+            p_part = p_own + o_x if i_rank == RANK else p_inbox + place + o_x
+            b_sum += tl.load(p_part, mask=m_d, other=0.0, cache_modifier=".cg").to(tl.float32)
+        b_x = b_sum.to(p_own.dtype.element_ty).to(tl.float32) + tl.load(p_residual + o_x, mask=m_d, other=0.0).to(tl.float32)
+        b_new = b_x.to(p_residual.dtype.element_ty)
+        tl.store(p_residual + o_x, b_new, mask=m_d)
+        b_x = b_new.to(tl.float32)
+        b_scale = 1.0 / tl.sqrt(tl.sum(b_x * b_x, axis=0) / D + eps)
+        b_out = (b_x * b_scale * b_weight).to(p_own.dtype.element_ty)
+        for i_rank in tl.static_range(SIZE):
+            tl.store(p_ranks[i_rank] + first * width + o_x, b_out, mask=m_d)
+    if MEETS:
+        tl.debug_barrier()
+        _meet(p_ranks, flags_from, i_program, count + 1, RANK, SIZE)
+        tl.debug_barrier()
+        tl.store(p_counts + i_program, count + 1)
+
+
 @triton.jit(do_not_specialize=["flags_from", "rows"])
 def _gather_kernel(
     p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, p_out, rows, C,
@@ -183,8 +224,13 @@ def _constants(peers: Peers) -> dict[str, object]:
 
 
 def _num_warps(block: int) -> int:
-    """So many that a thread holds about 16 values of each part: fewer leave too little in flight to hide NVLink's latency."""
-    return min(16, max(1, block // 512))
+    """So many that a thread holds about 32 values of each part: what NVLink takes long to bring is asked for at once."""
+    return min(16, max(1, block // 1024))
+
+
+def _num_programs(rows: int) -> int:
+    """One for each multiprocessor of a large GPU, and for what takes long anyway two."""
+    return min(rows, MAX_PROGRAMS if rows >= _MANY_ROWS else MAX_PROGRAMS // 2)
 
 
 def _one_shot(
@@ -194,7 +240,7 @@ def _one_shot(
     out_TD = torch.empty((rows, dim), dtype=part.dtype, device=part.device)
     if rows:
         block = triton.next_power_of_2(dim)
-        _one_shot_kernel[(min(rows, MAX_PROGRAMS),)](
+        _one_shot_kernel[(_num_programs(rows),)](
             *_addresses(peers),
             peers.flags_from,
             peers.counts_P,
@@ -240,6 +286,31 @@ def two_shot(peers: Peers, rows: int, dim: int) -> Tensor:
             num_warps=8,
         )
     return part[:numel].view(rows, dim)
+
+
+def share_add_rms_norm(
+    peers: Peers, own_SD: Tensor, inbox: Tensor, residual_SD: Tensor, weight_D: Tensor, eps: float, *, share: int
+) -> None:
+    """See `kernels.all_reduce.share_add_rms_norm`."""
+    rows, dim = own_SD.shape
+    block = triton.next_power_of_2(dim)
+    _share_kernel[(_num_programs(share),)](
+        *_addresses(peers),
+        peers.flags_from,
+        peers.counts_P,
+        own_SD,
+        inbox,
+        residual_SD,
+        weight_D,
+        peers.rank * share,
+        rows,
+        share,
+        eps,
+        D=dim,
+        BLOCK=block,
+        **_constants(peers),
+        num_warps=_num_warps(block),
+    )
 
 
 def gather_columns(peers: Peers, rows: int, columns: int) -> Tensor:

@@ -5,21 +5,26 @@ Real ranks on real GPUs: tests/gpu/test_tensor_parallel.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import save_tiny_model
 from torch import Tensor
 
-from engine import measured_table
-from engine.models.decoder import Decoder
+from engine import kv_cache, measured_table, peer_sums
+from engine.models.decoder import Decoder, LayerCache, StepInputs
 from engine.models.loading import load_decoder
-from engine.models.residual import ManyRows, RankRows
+from engine.models.residual import ManyRows, RankRows, SharedRows
 from engine.parallel import SingleRank
 from engine.peer_memory import PeerMemory
 from engine.peer_sums import PeerSums, sum_rows
+from kernels.attention import AttentionMetadata
 
 SIZE = 2
 REGION = 1 << 14
@@ -83,6 +88,91 @@ def test_ranks_give_what_one_gives(model: Path, few: bool) -> None:
     ends = [stream.normed(whole.norm_D) for stream in streams]
     assert torch.equal(*ends)  # the same bits on every rank
     torch.testing.assert_close(ends[0], alone.normed(whole.norm_D))
+
+
+class Together(Rank):
+    """A rank in a thread of its own; all threads come to each call before any goes on."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, table: list[Tensor]) -> None:
+        super().__init__(rank)
+        self._barrier, self._table = barrier, table
+
+    def meet(self) -> None:
+        self._barrier.wait(20)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self._table[self.rank] = x
+        self.meet()
+        total = torch.stack(self._table).sum(0)
+        self.meet()
+        return total
+
+    def all_gather_columns(self, x_RC: Tensor) -> Tensor:
+        self._table[self.rank] = x_RC
+        self.meet()
+        whole = torch.cat(self._table, dim=1)
+        self.meet()
+        return whole
+
+
+class Meeting(PeerSums):
+    """On a CPU an op waits for nobody, so the threads wait around it, as the kernels do."""
+
+    def add_rms_norm(self, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return self._met(partial(super().add_rms_norm, residual_TD, weight_D, eps))
+
+    def share_add_rms_norm(self, own_SD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return self._met(partial(super().share_add_rms_norm, own_SD, residual_TD, weight_D, eps))
+
+    def gather_columns(self, rows: int, columns: int) -> Tensor:
+        return self._met(partial(super().gather_columns, rows, columns))
+
+    def _met(self, run: Any) -> Any:
+        self._group.meet()  # type: ignore[attr-defined]
+        done = run()
+        self._group.meet()  # type: ignore[attr-defined]
+        return done
+
+
+def prompt(decoder: Decoder, count: int, sampled: Sequence[int]) -> tuple[StepInputs, tuple[LayerCache, ...]]:
+    positions = torch.arange(count)
+    attention = AttentionMetadata(
+        block_tables_RP=torch.arange(8, dtype=torch.int32)[None],
+        query_start_R1=torch.tensor([0, count], dtype=torch.int32),
+        context_lens_R=torch.tensor([count], dtype=torch.int32),
+        num_single=0, max_query_len=count, max_context_len=count, query_lens=(count,), host_context_lens=(count,),
+    )  # fmt: skip
+    ids = (positions * 7 + 5).int()
+    inputs = StepInputs(ids, positions, positions, attention, torch.tensor(sampled, dtype=torch.int64))
+    device = torch.device("cpu")
+    return inputs, kv_cache.allocate(decoder.spec, num_blocks=8, block_size=16, dtype=torch.float64, device=device)
+
+
+# 17 rows: the second rank's share is smaller. Whole steps, with the rows that reach the head left behind the last attention.
+@pytest.mark.parametrize(("rows", "sampled"), [(2, [1]), (17, [16, 0, 9]), (17, list(range(17))), (17, [])])
+def test_steps_by_shares_and_in_turn(model: Path, monkeypatch: pytest.MonkeyPatch, rows: int, sampled: list[int]) -> None:
+    monkeypatch.setattr(peer_sums, "SHARES_FROM", 5)
+    whole = load(model, SingleRank())
+    expected = whole.forward(*prompt(whole, rows, sampled))
+    barrier, table = threading.Barrier(SIZE), [torch.empty(0)] * SIZE
+    groups = [Together(rank, barrier, table) for rank in range(SIZE)]
+    for group, memory in zip(groups, memories(), strict=True):
+        group.sums = Meeting(group, memory, dim=64, dtype=torch.float64)  # type: ignore[arg-type]
+        group.sums._ways = ((64, "one_shot"),)
+
+    def steps(group: Together) -> list[Tensor]:
+        decoder = load(model, group)
+        assert isinstance(decoder.residual(torch.zeros(rows, 64)), SharedRows if rows >= 5 else RankRows)
+        # Again and again: what a step leaves in a region must not come out in the next one.
+        logits = [
+            decoder.forward(*prompt(decoder, count, sampled if count == rows else [0])) for count in (rows, 1, rows, 3, rows)
+        ]
+        return [logits[0], logits[2], logits[4]]
+
+    with torch.inference_mode(), ThreadPoolExecutor(SIZE) as pool:
+        for answers in pool.map(steps, groups):
+            for logits in answers:
+                torch.testing.assert_close(logits, expected)
 
 
 def test_the_head_is_gathered_where_it_fits(model: Path) -> None:

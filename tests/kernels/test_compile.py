@@ -50,6 +50,8 @@ def all_reduce_launches(size: int, dtype: torch.dtype) -> Iterator[Launch]:
             all_reduce.one_shot_add_rms_norm(peers, torch.zeros(3, dim, dtype=dtype), torch.zeros(dim, dtype=dtype), 1e-5)
             all_reduce.two_shot(peers, 3, dim)
             all_reduce.gather_columns(peers, 3, dim)
+            x = torch.zeros(3, dim, dtype=dtype)
+            all_reduce.share_add_rms_norm(peers, x, parts[0], x.clone(), x[0], 1e-5, share=3)
     yield from launches
 
 

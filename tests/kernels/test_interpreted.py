@@ -24,6 +24,7 @@ OPS = [
     "one_shot",
     "one_shot_add_rms_norm",
     "two_shot",
+    "share_add_rms_norm",
     "gather_columns",
     "silu_mul",
     "rotary q",

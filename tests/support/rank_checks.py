@@ -25,7 +25,7 @@ def failures(group: DistributedGroup, memory: PeerMemory, device: torch.device) 
     failed = []
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for rows, dim, dtype in ((1, 4096, bf16), (257, 4096, bf16), (3, 104, bf16), (300, 8192, fp16), (63, 576, fp32)):
-        for name in ("one_shot", "fused", "two_shot", "gather"):
+        for name in ("one_shot", "fused", "two_shot", "shares", "gather"):
             for captured in (False, True):
                 good = _check(group, memory, name, rows, dim, dtype, device, captured=captured)
                 if group.smallest(int(good)) == 0:
@@ -66,7 +66,25 @@ def _check(
     return True
 
 
+def _call_by_shares(memory: PeerMemory, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> Tensor:
+    """Write each rank's rows where a GEMM would, and give the normed rows of all."""
+    (rows, dim), size = x_TD.shape, len(memory.ranks)
+    share = -(-rows // size)
+    shares = [slice(min(rank * share, rows), min((rank + 1) * share, rows)) for rank in range(size)]
+    inboxes = memory.peers(0, x_TD.dtype).parts
+    for rank, mine in enumerate(shares):
+        if rank != memory.rank:
+            place = (memory.rank - (memory.rank > rank)) * share * dim
+            inboxes[rank][place:][: (mine.stop - mine.start) * dim].copy_(x_TD[mine].reshape(-1))
+    mine = shares[memory.rank]
+    outbox, inbox = memory.peers(1, x_TD.dtype), inboxes[memory.rank]
+    all_reduce.share_add_rms_norm(outbox, x_TD[mine], inbox, residual_TD[mine], weight_D, 1e-5, share=share)
+    return memory.part(1, rows, dim, x_TD.dtype).clone()
+
+
 def _call(memory: PeerMemory, name: str, x_TD: Tensor, turn: int, residual_TD: Tensor, weight_D: Tensor) -> Tensor:
+    if name == "shares":
+        return _call_by_shares(memory, x_TD, residual_TD, weight_D)
     region = GATHER if name == "gather" else turn
     memory.part(region, *x_TD.shape, x_TD.dtype).copy_(x_TD)
     peers = memory.peers(region, x_TD.dtype)
@@ -90,7 +108,7 @@ def _agree(
         mine = [part[number].reshape(-1) for part in parts]
         if name == "gather":
             good &= torch.equal(out, reference_all_reduce.gather_columns(mine, *data_CTD.shape[1:]))
-        elif name == "fused":
+        elif name in ("fused", "shares"):
             x_TD, residual_TD = add_rms_norm(reference_all_reduce.one_shot(mine, *start_TD.shape), residual_TD, weight_D, 1e-5)
             good &= bool((out.float() - x_TD.float()).norm() <= 1e-2 * x_TD.float().norm())
         else:
