@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from live_api import LiveApi, work
-from servers import RedisServer
+from servers import RedisServer, wait_until
 
 from headrace.batch import CHAT, ROWS, TEXT, BatchStatus
 from headrace.broker import Broker, make_celery
@@ -53,16 +52,23 @@ def api(redis: RedisServer, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_p
 def worked(store: Store) -> Iterator[None]:
     """While the test runs, somebody answers what is there; the prompt at index 2 fails."""
     stop = threading.Event()
+    errors: list[Exception] = []
 
     def run() -> None:
         while not stop.wait(0.05):
-            work(store, failing=[2])
+            try:
+                work(store, failing=[2])
+            except Exception as error:
+                # A thread that ends here leaves a test that waits for its batch for ever, and says nothing of why.
+                errors.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
     yield
     stop.set()
     thread.join()
+    if errors:
+        raise errors[0]
 
 
 def openai_line(number: int, **changes: Any) -> str:
@@ -85,8 +91,7 @@ def test_a_file_is_submitted_and_told_as_it_goes(api: LiveApi, store: Store, tmp
         assert len(told) > 10, "it is read while it is sent"
         seen = list(client.file_content(batch.input_file_id))
         assert seen == path.read_text().splitlines()
-        while client.get(batch.id).status is BatchStatus.VALIDATING:
-            time.sleep(0.05)
+        wait_until(lambda: client.get(batch.id).status is not BatchStatus.VALIDATING, timeout_s=60)
         assert client.get(batch.id).counts.total == 1000
         assert store.files.get(batch.input_file_id).expires_at is not None
         again = client.submit_file(path, idempotency_key="k")
