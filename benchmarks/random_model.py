@@ -33,12 +33,12 @@ SHAPES = {
 }
 
 
-def save_config(folder: Path, shape: str = "8b") -> Any:
+def save_config(folder: Path, shape: str = "8b", vocabulary: int = VOCABULARY) -> Any:
     """Save config.json in `folder`, plain rope, and return the config."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
-        "llama", vocab_size=VOCABULARY, **SHAPES[shape], num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        "llama", vocab_size=vocabulary, **SHAPES[shape], num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
         initializer_range=_STD, bos_token_id=0, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,11 +47,11 @@ def save_config(folder: Path, shape: str = "8b") -> Any:
     return config
 
 
-def save_drawn_llama(folder: Path, shape: str) -> Path:
+def save_drawn_llama(folder: Path, shape: str, *, vocabulary: int = VOCABULARY) -> Path:
     """Save a model whose weights every engine draws on its own device (`engine.random_weights`)."""
     from engine.random_weights import MARK
 
-    save_config(folder, shape)
+    save_config(folder, shape, vocabulary)
     (folder / MARK).write_text(json.dumps({"seed": 0, "std": _STD}), encoding="utf-8")
     return folder
 

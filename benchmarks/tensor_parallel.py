@@ -69,7 +69,7 @@ class Ways:
         }
 
     def _by_shares(self, _: int) -> object:
-        """What is left of the sum where GEMMs have written the parts into the ranks' memory."""
+        """Do what is left of the sum where GEMMs have written the parts into the ranks' memory."""
         share = -(-self.rows // self.group.size)
         mine = slice(self.group.rank * share, min((self.group.rank + 1) * share, self.rows))
         own, inbox = self.own[mine], self.peers[0].parts[self.group.rank]
