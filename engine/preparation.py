@@ -26,7 +26,10 @@ _Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """A prompt that is tokens already."""
+    """A prompt that is tokens already, and of which only its own log-probabilities are wanted.
+
+    It may fill the session to the last token: the one that is chosen behind it is thrown away.
+    """
 
     ids: tuple[int, ...]
 
@@ -83,7 +86,7 @@ class Preparer:
         With a `seed_key` it is an item of a job, at `index`: see `_seed`.
         """
         ids = self._encode(prompt, do_preprocess=do_preprocess)
-        room = self.session_len - len(ids)
+        room = self.session_len - len(ids) + isinstance(prompt, TokenIds)
         if room < 1:
             raise ContextLengthExceeded(
                 f"the prompt has {len(ids)} tokens and the session length is {self.session_len}; shorten it or raise session_len",

@@ -139,7 +139,9 @@ def make_sequence(request: TokenRequest, *, arrival: int, session_len: int, num_
     capacity = num_blocks * block_size
     if not num_prompt:
         raise InvalidRequest("the prompt has no tokens; give it at least one", param="prompt_ids")
-    if num_prompt >= session_len:
+    # Where the prompt's own log-probabilities are wanted, it may fill the session: what is chosen behind it is never computed.
+    longest = session_len + (request.config.prompt_logprobs is not None)
+    if num_prompt >= longest:
         raise ContextLengthExceeded(
             f"the prompt has {num_prompt} tokens, the session length is {session_len}; shorten it or raise session_len"
         )
@@ -149,7 +151,7 @@ def make_sequence(request: TokenRequest, *, arrival: int, session_len: int, num_
             f"({num_blocks} blocks of {block_size}); shorten it or give the engine a larger pool"
         )
     # The last token's KV is never computed, so one token more than the pool's positions can be there.
-    room = min(session_len, capacity + 1) - num_prompt
+    room = min(longest, capacity + 1) - num_prompt
     fits = request.max_new_tokens <= room
     return SequenceState(
         request,

@@ -76,6 +76,15 @@ def test_a_sequence_longer_than_the_session_is_refused_and_nothing_stays_behind(
     assert pipe.report()["stats"]["blocks_used"] == 0
 
 
+def test_a_sequence_may_fill_the_session(tiny_model_dir: Path, expected: list[float]) -> None:
+    longest = len(SEQUENCES[-1])
+    config = PytorchEngineConfig(device="cpu", num_gpu_blocks=32, block_size=16, max_batch_size=2, session_len=longest)
+    with pipeline(str(tiny_model_dir), backend_config=config) as pipe:
+        assert pipe.get_ppl(SEQUENCES[-2:]) == pytest.approx(expected[-2:], abs=1e-4)
+        with pytest.raises(ContextLengthExceeded, match="sequence 0"):
+            pipe.get_ppl([[*SEQUENCES[-1], 9]])
+
+
 def test_prompt_logprobs_come_with_the_answer_and_with_a_streams_first_piece(pipe: AsyncEngine) -> None:
     config = GenerationConfig(
         max_new_tokens=5, prompt_logprobs=2, n=3, top_k=0, temperature=1.0, random_seed=4, ignore_eos=True
