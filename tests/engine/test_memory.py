@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
 import threading
+import weakref
 from pathlib import Path
 
+import pytest
 import weighed_rank
 
+from engine import rank
 from engine.frontend import Frontend
+from engine.protocol import Close, Message
 from headrace.config import GenerationConfig, PytorchEngineConfig
 
 PROMPTS = 4000
@@ -40,6 +45,34 @@ def test_reading_commands_does_not_grow_the_heap(tiny_model_dir: Path, tmp_path:
     _main, *others = json.loads(weight.read_text())
     assert others, "the reading thread has no arena of its own: this test sees nothing"
     assert max(others) < READER_MIB * 2**20, f"{[round(size / 2**20, 2) for size in others]} MiB in the arenas of the threads"
+
+
+class _Node:
+    """Something that holds itself: no count of references ever frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_an_idle_engine_collects_what_only_a_full_collection_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle:
+        has_work = False
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.messages: list[list[Message]] = [[], [Close()]]
+
+        def take(self, *, wait: bool) -> list[Message]:
+            assert wait
+            return self.messages.pop(0)
+
+    monkeypatch.setattr(rank, "_TIDY_S", 0.0)
+    node = _Node()
+    gone = weakref.ref(node)
+    gc.collect()  # it is among the old now
+    del node
+    rank.serve(Idle(), Pipe())  # type: ignore[arg-type]  # what it needs of the two
+    assert gone() is None
 
 
 def _send(frontend: Frontend, number: int) -> None:
