@@ -108,9 +108,7 @@ def serve(engine: Engine, pipe: ParentPipe) -> None:
     """Take commands, step, send what there is to say; sleep when there is nothing to do; return when told to close."""
     last = tidied = time.monotonic()
     while True:
-        if not engine.has_work and time.monotonic() - tidied >= _TIDY_S:
-            gc.collect()  # a millisecond: what is frozen is not looked at
-            tidied = time.monotonic()
+        tidied = tidied if engine.has_work else _tidy(tidied)
         for message in pipe.take(wait=not engine.has_work):
             match message:
                 case Submit(requests):
@@ -135,6 +133,14 @@ def serve(engine: Engine, pipe: ParentPipe) -> None:
         elif now - last >= _TICK_S:
             pipe.send(Tick(engine.stats().steps))
             last = now
+
+
+def _tidy(tidied: float) -> float:
+    """Collect garbage if it is time to; return when that was done last, as `time.monotonic` says it."""
+    if time.monotonic() - tidied < _TIDY_S:
+        return tidied
+    gc.collect()  # a millisecond: what is frozen is not looked at
+    return time.monotonic()
 
 
 def run(pipe: ParentPipe) -> None:
