@@ -121,7 +121,7 @@ def be_rank(arguments: argparse.Namespace, group: DistributedGroup, device: torc
     if failed or arguments.check_only:
         return 1 if failed else 0
     lines: list[dict[str, object]] = []
-    for size in SIZES:
+    for size in arguments.sizes:
         ways = Ways(group, memory, size // (arguments.dim * DTYPE.itemsize), arguments.dim)
         times = {name: ways.time(call) for name, call in ways.all().items()}
         lines.append(
@@ -168,6 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--sizes", type=lambda text: [int(one) for one in text.split(",")], default=SIZES, help="bytes")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "all_reduce.jsonl")
