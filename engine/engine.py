@@ -112,6 +112,8 @@ class Engine:
             self._queue(request, None)
         elif self._guides is None:
             self._refuse(request.request_id, UnsupportedOption("this engine has no grammars", param="response_format"))
+        elif self._guides.is_known(request):
+            self._queue(request, None)
         else:
             self._guides.start(request)
 

@@ -150,9 +150,18 @@ class Guides:
         self._compiler: ThreadPoolExecutor | None = None
         self._waiting: dict[str, Waiting] = {}
         self._formats: dict[ResponseFormat, _Format] = {}
+        # Filled by the compiler's thread: formats whose automata it has seen.
+        self._on_device: dict[ResponseFormat | None, None] = {}
         self._threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
         self._executor: LLExecutor | None = None
         self._masker: ThreadPoolExecutor | None = None
+
+    def is_known(self, request: TokenRequest) -> bool:
+        """Whether an automaton on the device holds a request to its format, and is there: it may be queued at once.
+
+        Whoever waits for a grammar that is being compiled is overtaken: a job with one schema starts with a full batch.
+        """
+        return request.config.response_format in self._on_device and follows_on_device(request)
 
     def start(self, request: TokenRequest) -> None:
         """Begin to compile a request's format."""
@@ -270,6 +279,9 @@ class Guides:
         if follows_on_device(request):
             # Read here, not in the step that admits the request: that one is everybody's.
             token_bytes(str(self._model_path))
+            self._on_device[request.config.response_format] = None
+            if len(self._on_device) > _KEPT:
+                del self._on_device[next(iter(self._on_device))]
             return None
         if self._grammars is None:
             self._grammars = Grammars.of_model(self._model_path)

@@ -184,7 +184,7 @@ class Sampler:
         self._until_S.index_copy_(0, slots_A, numbers_AC[:, 6])
         self._ends_SE.index_copy_(0, slots_A, numbers_AC[:, 7:])
         if self._automata is not None:
-            self._automata.admit(admitted)
+            self._automata.admit(admitted, slots_A)
 
     def waits_for_masks(self, rows: SampledRows) -> bool:
         """Whether a row follows a grammar, so that the step can't be sampled before the host has read the step before."""

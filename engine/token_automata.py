@@ -89,8 +89,11 @@ class TokenAutomata:
         held = (*(self._states or ()), *(self._places or ()), *(self._vocabulary or ()))
         return sum(tensor.nbytes for tensor in held)
 
-    def admit(self, admitted: Sequence[Admission]) -> None:
-        """Put newly taken slots where their requests stand: at the start, or behind what was generated before a preemption."""
+    def admit(self, admitted: Sequence[Admission], slots_A: Tensor) -> None:
+        """Put newly taken slots where their requests stand: at the start, or behind what was generated before a preemption.
+
+        `slots_A`: their slots on the device, int64.
+        """
         guided = [one for one in admitted if follows_on_device(one.request)]
         for one in admitted:
             self._followed.pop(one.slot, None)
@@ -101,7 +104,8 @@ class TokenAutomata:
         # All are noted before any is placed: what makes room for one must not be another's.
         self._followed |= {one.slot: _format(one) for one in guided}
         starts = {one.slot: self._start(one) for one in guided}
-        rows = np.zeros((len(admitted), 2 + 3 + MOST_ENDS), dtype=np.int32)
+        assert self._places is not None, "places for slots that are taken"
+        rows = np.zeros((len(admitted), self._places.table_SX.shape[1]), dtype=np.int32)
         for number, one in enumerate(admitted):
             rows[number, :2] = starts.get(one.slot, FREE)
             if one.slot in starts:
@@ -109,12 +113,7 @@ class TokenAutomata:
                 num_first = sum(token in one.request.eos_ids for token in ends)
                 rows[number, 2:5] = (len(ends), num_first, one.request.config.min_new_tokens)
                 rows[number, 5 : 5 + len(ends)] = ends
-        assert self._places is not None, "places for slots that are taken"
-        slots_A = upload(np.array([one.slot for one in admitted], dtype=np.int64), self._device)
-        rows_AX = upload(rows, self._device)
-        self._places.states_S2.index_copy_(0, slots_A, rows_AX[:, :2])
-        self._places.rules_S3.index_copy_(0, slots_A, rows_AX[:, 2:5])
-        self._places.ends_SE.index_copy_(0, slots_A, rows_AX[:, 5:])
+        self._places.table_SX.index_copy_(0, slots_A, upload(rows, self._device))
 
     def allow(self, logits_QV: Tensor, rows: SampledRows) -> None:
         """Ban, in place, what the rows that follow an automaton may not choose."""
@@ -133,8 +132,7 @@ class TokenAutomata:
         tokens = self._tokens = token_bytes(self._model_path).resized(self._vocab_size)
         spelled_B = np.frombuffer(tokens.data or b"\0", dtype=np.uint8).astype(np.int32)
         self._vocabulary = Vocabulary(upload(tokens.starts_V1, self._device), upload(spelled_B, self._device))
-        shapes = ((self._num_slots, 2), (self._num_slots, MOST_ENDS), (self._num_slots, 3))
-        self._places = Places(*(torch.zeros(shape, dtype=torch.int32, device=self._device) for shape in shapes))
+        self._places = Places.allocate(self._num_slots, MOST_ENDS, self._device)
 
     def _start(self, one: Admission) -> int:
         """Return the state that a request's known tokens lead to."""

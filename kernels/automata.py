@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels import reference_automata
@@ -44,16 +45,32 @@ class States(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where each slot stands, and how it may end."""
+    """Where each slot stands, and how it may end: parts of one table, int32, so that a slot is filled by one write."""
 
-    states_S2: Tensor
-    """int32: the state before output index i stands in column i % 2. So a step that runs a second time finds what it found."""
-    ends_SE: Tensor
-    """int32: tokens that end the answer. They may come where a text may end: the first ones only there, whatever bytes they have, the
-    others also where their bytes may come."""
-    rules_S3: Tensor
-    """int32: how many ends there are, how many of them are of the first kind, and the output index before which they don't come while
-    anything else may."""
+    table_SX: Tensor
+
+    @classmethod
+    def allocate(cls, slots: int, ends: int, device: torch.device) -> Places:
+        """Make room for `ends` ends a slot; nobody follows anything."""
+        return cls(torch.zeros((slots, 5 + ends), dtype=torch.int32, device=device))
+
+    @property
+    def states_S2(self) -> Tensor:
+        """The state before output index i stands in column i % 2. So a step that runs a second time finds what it found."""
+        return self.table_SX[:, :2]
+
+    @property
+    def rules_S3(self) -> Tensor:
+        """How many ends there are, how many of them are of the first kind, and the index before which they don't come while others may."""
+        return self.table_SX[:, 2:5]
+
+    @property
+    def ends_SE(self) -> Tensor:
+        """Tokens that end the answer, where a text may end.
+
+        The first ones come only there, whatever bytes they have; the others also where their bytes may come.
+        """
+        return self.table_SX[:, 5:]
 
 
 def fill_masks(states: States, vocabulary: Vocabulary, rows_n: Tensor) -> None:

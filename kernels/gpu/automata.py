@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _FREE = tl.constexpr(0)
 _DEAD = tl.constexpr(1)
 _WORDS = 32
-_BLOCK = 2048
+_BLOCK = 8192
 
 
 @triton.jit(do_not_specialize_on_alignment=["p_rows"])
@@ -59,12 +59,12 @@ def _mask_bit(p_mask, token, W):
 
 @triton.jit(do_not_specialize_on_alignment=["p_slots", "p_indices"])
 def _allow_kernel(
-    p_logits, p_slots, p_indices, p_states, p_ends, p_rules, p_final, p_counts, p_masks, row_stride, V, W, E, BLOCK: tl.constexpr
+    p_logits, p_slots, p_indices, p_places, p_final, p_counts, p_masks, row_stride, V, W, X, BLOCK: tl.constexpr
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
-    i_slot = tl.load(p_slots + i_row)
+    p_place = p_places + tl.load(p_slots + i_row) * X
     index = tl.load(p_indices + i_row)
-    state = tl.load(p_states + i_slot * 2 + index % 2)
+    state = tl.load(p_place + index % 2)
     if state == _FREE:
         return
     p_mask = p_masks + state.to(tl.int64) * W
@@ -73,14 +73,14 @@ def _allow_kernel(
     b_word = tl.load(p_mask + (o_v >> 5), mask=(o_v >> 5) < W, other=0)
     b_may = (b_word >> (o_v & 31)) & 1
     final = tl.load(p_final + state)
-    num_ends = tl.load(p_rules + i_slot * 3)
-    num_first = tl.load(p_rules + i_slot * 3 + 1)
+    num_ends = tl.load(p_place + 2)
+    num_first = tl.load(p_place + 3)
     others = tl.load(p_counts + state)
     for e in range(num_ends):
-        others -= _mask_bit(p_mask, tl.load(p_ends + i_slot * E + e), W)
-    held = (index < tl.load(p_rules + i_slot * 3 + 2)) & (others > 0)
+        others -= _mask_bit(p_mask, tl.load(p_place + 5 + e), W)
+    held = (index < tl.load(p_place + 4)) & (others > 0)
     for e in range(num_ends):
-        token = tl.load(p_ends + i_slot * E + e)
+        token = tl.load(p_place + 5 + e)
         if (token >= i_first) & (token < i_first + BLOCK):
             may = tl.where(e < num_first, final, final | _mask_bit(p_mask, token, W))
             b_may = tl.where(o_v == token, tl.where(held, 0, may), b_may)
@@ -93,19 +93,19 @@ def allow_by_state(logits_QV: Tensor, slots_Q: Tensor, indices_Q: Tensor, places
     """See `kernels.automata.allow_by_state`."""
     rows, vocab = logits_QV.shape
     if rows:
-        _allow_kernel[(rows, triton.cdiv(vocab, _BLOCK))](
-            logits_QV, slots_Q, indices_Q, places.states_S2, places.ends_SE, places.rules_S3,
-            states.final_N, states.counts_N, states.masks_NW,
-            logits_QV.stride(0), vocab, states.masks_NW.shape[1], places.ends_SE.shape[1], BLOCK=_BLOCK,
+        block = min(_BLOCK, triton.next_power_of_2(vocab))
+        _allow_kernel[(rows, triton.cdiv(vocab, block))](
+            logits_QV, slots_Q, indices_Q, places.table_SX, states.final_N, states.counts_N, states.masks_NW,
+            logits_QV.stride(0), vocab, states.masks_NW.shape[1], places.table_SX.shape[1], BLOCK=block, num_warps=8,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["Q"], do_not_specialize_on_alignment=["p_slots", "p_indices"])
-def _advance_kernel(p_stored, p_slots, p_indices, p_states, p_next, p_final, p_goes_on, p_starts, p_bytes, Q):
+def _advance_kernel(p_stored, p_slots, p_indices, p_places, p_next, p_final, p_goes_on, p_starts, p_bytes, Q, X):
     i_row = tl.program_id(0)
-    i_slot = tl.load(p_slots + i_row)
+    p_place = p_places + tl.load(p_slots + i_row) * X
     index = tl.load(p_indices + i_row)
-    state = tl.load(p_states + i_slot * 2 + index % 2)
+    state = tl.load(p_place + index % 2)
     if state == _FREE:
         return
     if tl.load(p_stored + Q + i_row) != 0:
@@ -117,7 +117,7 @@ def _advance_kernel(p_stored, p_slots, p_indices, p_states, p_next, p_final, p_g
             at += 1
         complete = (tl.load(p_final + state) == 1) & (tl.load(p_goes_on + state) == 0)
         tl.store(p_stored + Q + i_row, 1 + complete.to(tl.int32))
-    tl.store(p_states + i_slot * 2 + (index + 1) % 2, state)
+    tl.store(p_place + (index + 1) % 2, state)
 
 
 def advance(
@@ -127,6 +127,6 @@ def advance(
     count = stored_2Q.shape[1]
     if count:
         _advance_kernel[(count,)](
-            stored_2Q, slots_Q, indices_Q, places.states_S2, states.next_N256, states.final_N, states.goes_on_N,
-            vocabulary.starts_V1, vocabulary.bytes_B, count, num_warps=1,
+            stored_2Q, slots_Q, indices_Q, places.table_SX, states.next_N256, states.final_N, states.goes_on_N,
+            vocabulary.starts_V1, vocabulary.bytes_B, count, places.table_SX.shape[1], num_warps=1,
         )  # fmt: skip

@@ -124,10 +124,10 @@ def _pick(b_weight, target):
 @triton.jit
 def _walk(p_row, u, scale, best, threshold, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Draw from the whole row's kept values: sum them, then walk to the block in which u falls."""
-    total = 0.0
+    b_total = tl.zeros([BLOCK], dtype=tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        total += tl.sum(_weights(p_row, start, scale, best, threshold, V, BLOCK), axis=0)
-    target = u * total
+        b_total += _weights(p_row, start, scale, best, threshold, V, BLOCK)
+    target = u * tl.sum(b_total, axis=0)
     before = 0.0
     at = 0
     hit = 0
@@ -145,7 +145,9 @@ def _walk(p_row, u, scale, best, threshold, V, BLOCK: tl.constexpr, STAGES: tl.c
 
 
 @triton.jit
-def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr, COUNT: tl.constexpr, SHIFT: tl.constexpr):
+def _search_row(
+    p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr, COUNT: tl.constexpr, SHIFT: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
     """The greatest value from which up the row holds more than `bound`: values if COUNT, else weight of those >= `least`.
 
     Two bits a pass over the whole row: the rare, slow way. `floor` must hold more than the bound.
@@ -157,19 +159,23 @@ def _search_row(p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr,
         i_1 = (low + (span + 3) // 4).to(tl.int32)
         i_2 = (low + (span + 1) // 2).to(tl.int32)
         i_3 = (low + (3 * span + 3) // 4).to(tl.int32)
-        held_1 = 0.0
-        held_2 = 0.0
-        held_3 = 0.0
-        for start in range(0, V, BLOCK):
+        # Summed over the row before they are summed over the threads: a sum over threads waits for all of them.
+        b_held_1 = tl.zeros([BLOCK], dtype=tl.float32)
+        b_held_2 = tl.zeros([BLOCK], dtype=tl.float32)
+        b_held_3 = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in tl.range(0, V, BLOCK, num_stages=STAGES):
             b_x = _values(p_row, start, V, BLOCK)
             b_key = _key(b_x, SHIFT)
             if COUNT:
                 b_weight = (b_x > float("-inf")).to(tl.float32)
             else:
                 b_weight = tl.where(b_x >= least, tl.exp2((b_x - best) * scale), 0.0)
-            held_1 += tl.sum(tl.where(b_key >= i_1, b_weight, 0.0), axis=0)
-            held_2 += tl.sum(tl.where(b_key >= i_2, b_weight, 0.0), axis=0)
-            held_3 += tl.sum(tl.where(b_key >= i_3, b_weight, 0.0), axis=0)
+            b_held_1 += tl.where(b_key >= i_1, b_weight, 0.0)
+            b_held_2 += tl.where(b_key >= i_2, b_weight, 0.0)
+            b_held_3 += tl.where(b_key >= i_3, b_weight, 0.0)
+        held_1 = tl.sum(b_held_1, axis=0)
+        held_2 = tl.sum(b_held_2, axis=0)
+        held_3 = tl.sum(b_held_3, axis=0)
         if held_3 > bound:
             low = i_3
         elif held_2 > bound:
@@ -264,15 +270,16 @@ def _draw_row(
     """Draw where the candidates do not decide: unfiltered rows, and rows that keep more than fit."""
     threshold = least
     if k > 0:
-        threshold = _search_row(p_row, floor, k - 0.5, scale, best, least, V, BLOCK, True, SHIFT)
+        threshold = _search_row(p_row, floor, k - 0.5, scale, best, least, V, BLOCK, True, SHIFT, STAGES)
     if top_p < 1:
         kept = best * 0.0 + float("-inf")
         if k > 0:
             kept = threshold
-            mass = 0.0
-            for start in range(0, V, BLOCK):
-                mass += tl.sum(_weights(p_row, start, scale, best, kept, V, BLOCK), axis=0)
-        threshold = _search_row(p_row, kept, top_p * mass, scale, best, kept, V, BLOCK, False, SHIFT)
+            b_mass = tl.zeros([BLOCK], dtype=tl.float32)
+            for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+                b_mass += _weights(p_row, start, scale, best, kept, V, BLOCK)
+            mass = tl.sum(b_mass, axis=0)
+        threshold = _search_row(p_row, kept, top_p * mass, scale, best, kept, V, BLOCK, False, SHIFT, STAGES)
     return _walk(p_row, u, scale, best, tl.maximum(threshold, least), V, BLOCK, STAGES)
 
 

@@ -56,7 +56,7 @@ def automata(tiny_model_dir: Path) -> TokenAutomata:
 
 
 def admit(automata: TokenAutomata, slot: int, one: TokenRequest, generated: tuple[int, ...] = ()) -> None:
-    automata.admit([Admission(slot, one, (*one.prompt_ids, *generated), ())])
+    automata.admit([Admission(slot, one, (*one.prompt_ids, *generated), ())], torch.tensor([slot], device=DEVICE))
 
 
 def allowed(automata: TokenAutomata, slot: int, index: int) -> set[int]:
@@ -150,7 +150,8 @@ def test_formats_come_and_go_and_the_table_stays_small(automata, monkeypatch) ->
 def test_more_formats_in_use_than_the_table_should_hold(automata, monkeypatch) -> None:
     monkeypatch.setattr(token_automata, "_IDLE_BYTES", 1)
     wanted = [{"type": "regex", "regex": f"{letter}{{3}}"} for letter in "abcde"]
-    automata.admit([Admission(slot, request(slot, one), (40, 41), ()) for slot, one in enumerate(wanted)])
+    admitted = [Admission(slot, request(slot, one), (40, 41), ()) for slot, one in enumerate(wanted)]
+    automata.admit(admitted, torch.arange(5, device=DEVICE))
     seen = [allowed(automata, slot, 0) for slot in range(5)]
     assert all(seen)
     assert len({min(one) for one in seen}) == 5

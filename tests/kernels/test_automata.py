@@ -25,6 +25,11 @@ def made() -> tuple[States, Vocabulary]:
     return states, vocabulary
 
 
+def places_of(states: list[int], rules: list[int], ends: list[int]) -> Places:
+    """One slot."""
+    return Places(torch.tensor([states + rules + ends], dtype=torch.int32))
+
+
 def spelled(vocabulary: Vocabulary, token: int) -> list[int]:
     return vocabulary.bytes_B[vocabulary.starts_V1[token] : vocabulary.starts_V1[token + 1]].tolist()
 
@@ -46,7 +51,8 @@ def test_a_mask_holds_the_tokens_that_lead_on(made) -> None:
 
 def test_rows_without_an_automaton_are_not_touched_and_dead_ones_get_nothing(made) -> None:
     states, _ = made
-    places = Places(torch.tensor([[FREE, FREE], [DEAD, DEAD]]).int(), torch.zeros(2, 1).int(), torch.zeros(2, 3).int())
+    places = places_of([FREE, FREE], [0, 0, 0], [0])
+    places = Places(torch.cat([places.table_SX, places_of([DEAD, DEAD], [0, 0, 0], [0]).table_SX]))
     logits = torch.randn(2, 140)
     before = logits.clone()
     allow_by_state(logits, torch.tensor([0, 1]), torch.tensor([4, 5]), places, states)
@@ -59,7 +65,7 @@ def test_ends_come_where_a_text_may_end(made, final, until, first, own) -> None:
     states, _ = made
     state = next(s for s in range(2, STATES) if int(states.final_N[s]) == final and int(states.counts_N[s]) > 3)
     banned = [t for t in range(140) if not states.masks_NW[state, t >> 5] >> (t & 31) & 1]
-    places = Places(torch.tensor([[state, FREE]]).int(), torch.tensor([banned[:2]]).int(), torch.tensor([[2, 1, until]]).int())
+    places = places_of([state, FREE], [2, 1, until], banned[:2])
     logits = torch.zeros(1, 140)
     allow_by_state(logits, torch.tensor([0]), torch.tensor([4]), places, states)
     assert (not torch.isneginf(logits[0, banned[0]]), not torch.isneginf(logits[0, banned[1]])) == (first, own)
@@ -70,7 +76,7 @@ def test_an_end_that_is_a_word_as_well_comes_as_a_word_only_where_it_is_the_call
     states, _ = made
     state = next(s for s in range(2, STATES) if not int(states.final_N[s]) and int(states.counts_N[s]) > 3)
     words = [t for t in range(140) if states.masks_NW[state, t >> 5] >> (t & 31) & 1]
-    places = Places(torch.tensor([[state, FREE]]).int(), torch.tensor([words[:2]]).int(), torch.tensor([[2, 1, 0]]).int())
+    places = places_of([state, FREE], [2, 1, 0], words[:2])
     logits = torch.zeros(1, 140)
     allow_by_state(logits, torch.tensor([0]), torch.tensor([0]), places, states)
     assert torch.isneginf(logits[0, words[0]])
@@ -80,7 +86,7 @@ def test_an_end_that_is_a_word_as_well_comes_as_a_word_only_where_it_is_the_call
 def test_an_end_is_not_held_back_where_nothing_else_may_come(made) -> None:
     states, _ = made
     states.masks_NW[9], states.counts_N[9], states.final_N[9] = 0, 0, 1
-    places = Places(torch.tensor([[9, FREE]]).int(), torch.tensor([[8]]).int(), torch.tensor([[1, 1, 50]]).int())
+    places = places_of([9, FREE], [1, 1, 50], [8])
     logits = torch.zeros(1, 140)
     allow_by_state(logits, torch.tensor([0]), torch.tensor([0]), places, states)
     assert torch.isfinite(logits[0]).nonzero().tolist() == [[8]]

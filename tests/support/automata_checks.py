@@ -48,7 +48,7 @@ def places_at_random(vocab: int, device: torch.device) -> Places:
     rules_S3 = torch.stack([torch.arange(SLOTS) % 7, torch.arange(SLOTS) % 7 // 2, torch.randint(0, 4, (SLOTS,))], dim=1).to(
         torch.int32
     )
-    return Places(states_S2.to(device), ends_SE.to(device), rules_S3.to(device))
+    return Places(torch.cat([states_S2, rules_S3, ends_SE], dim=1).to(device))
 
 
 def copies(parts: Any) -> Any:
