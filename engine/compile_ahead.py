@@ -24,8 +24,6 @@ from kernels.silu_mul import silu_mul
 from kernels.state import SingleRows, hold_back, lay_out_singles, store_tokens
 
 _THREADS = 8
-_SINGLES = (1, 4, 512)
-"""Row counts for which decode attention is cut differently."""
 _FLAGS = ((False, False, False, False), (True, True, True, False))
 """Greedy, and what a request gets that says nothing; other filters are compiled for the first request that asks for them."""
 
@@ -56,13 +54,15 @@ def _on_device(device: torch.device, call: Callable[[], object]) -> None:
 
 def _calls(spec: ModelSpec, options: EngineOptions, device: torch.device) -> Iterable[Callable[[], object]]:
     """Give the calls, those that take longest first."""
+    from kernels.gpu.attention import single_row_counts  # a host without a GPU needs no Triton
+
     dtype: torch.dtype = getattr(torch, options.dtype)
 
     def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=of, device=device)
 
     for window in sorted(set(spec.windows), key=str):
-        for rows in _SINGLES:
+        for rows in single_row_counts(device, spec.num_kv_heads):
             yield partial(_attend, spec, options, zeros, rows, 1, window)
         yield partial(_attend, spec, options, zeros, 1, 3, window)
     for flags in reversed(_FLAGS):

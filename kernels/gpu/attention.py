@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.gpu import decode_attention, prefill_attention
-from kernels.gpu.decode_plan import DecodePlan, choose_shape, plan_decode
+from kernels.gpu.decode_plan import DecodePlan, choose_shape, first_rows, plan_decode
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionMetadata
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 def _num_sms(device: torch.device) -> int:
     """Multiprocessors of a device; a small one's where kernels are interpreted on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def single_row_counts(device: torch.device, num_kv_heads: int) -> tuple[int, ...]:
+    """Give a count of single-token rows for each way in which their launch is cut: what compiles these compiles them all."""
+    return first_rows(num_kv_heads=num_kv_heads, num_sms=_num_sms(device))
 
 
 def plan_attention(metadata: AttentionMetadata, k_cache_BKSH: Tensor, windows: Iterable[int | None]) -> AttentionMetadata:

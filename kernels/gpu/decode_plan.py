@@ -18,6 +18,8 @@ from torch import Tensor
 FIELDS = 8
 """int32 of a unit: row (-1 = no work), first and end tile, the row's context, part, parts of the row, slot of its first part."""
 _BLOCK = 64
+_FEW, _VERY_MANY = 2, 16
+"""Rows times kv heads for each multiprocessor: up to the one, and above the other, launches are cut otherwise."""
 
 
 class DecodeShape(NamedTuple):
@@ -35,14 +37,21 @@ class DecodeShape(NamedTuple):
 def choose_shape(*, rows: int, num_kv_heads: int, head_dim: int, block_size: int, itemsize: int, num_sms: int) -> DecodeShape:
     """Cut a launch for a device. Nothing here depends on a step's lengths.
 
-    Measured on an H200: few programs want more tiles in flight each, many want room for one another.
+    Measured on an H200: few programs want more tiles in flight each, many want room for one another; and very many rows are the ones
+    that GEMMs before and behind have slowed the clock for, where a third tile in flight is worth 1 to 2 % of the step (512 rows).
     """
     tile = min(block_size, 64) if block_size >= 32 else 32
     if itemsize == 4 or head_dim > 128:
         tile = min(tile, 32)
-    if rows * num_kv_heads <= 2 * num_sms or itemsize == 4 or head_dim > 128:
+    if rows * num_kv_heads <= _FEW * num_sms or itemsize == 4 or head_dim > 128:
         return DecodeShape(tile=tile, programs=num_sms, least=2, num_warps=4, stages=3)
-    return DecodeShape(tile=tile, programs=4 * num_sms, least=2, num_warps=2, stages=2)
+    stages = 3 if rows * num_kv_heads > _VERY_MANY * num_sms else 2
+    return DecodeShape(tile=tile, programs=4 * num_sms, least=2, num_warps=2, stages=stages)
+
+
+def first_rows(*, num_kv_heads: int, num_sms: int) -> tuple[int, ...]:
+    """Give the least row count of each way in which launches are cut."""
+    return (1, *(most * num_sms // num_kv_heads + 1 for most in (_FEW, _VERY_MANY)))
 
 
 class DecodePlan(NamedTuple):

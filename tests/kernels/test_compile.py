@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from kernel_cases import ATTENTION_SHAPES, attention_case, sampling_inputs
 from kernel_launches import Launch, compile_for, recorded
 
 from kernels.all_reduce import Peers
-from kernels.gpu import all_reduce, attention, blocks, launch_ahead, rms_norm, rotary, sampling, silu_mul, token_masks
+from kernels.gpu import all_reduce, attention, blocks, rms_norm, rotary, sampling, silu_mul, token_masks
 
 # Bytes of shared memory that one program may take.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -125,16 +124,3 @@ def test_prefill_runs_on_the_tensor_cores_of_hopper() -> None:
     launches = [x for x in attention_launches(32, 8, 128, 64, torch.bfloat16) if x.name == "_prefill_kernel"]
     assert launches
     assert all("wgmma.mma_async" in compile_for(launch, 90).asm["ptx"] for launch in launches)
-
-
-@pytest.mark.parametrize("rows", [2, 40])
-def test_decode_attention_waits_for_the_kernel_ahead(rows: int) -> None:
-    case = attention_case([(1, 700)] * rows, heads=32, kv_heads=8, head_dim=128, block_size=64, dtype=torch.bfloat16)
-    options = {"PDL": True, "launch_pdl": True}
-    with mock.patch.object(launch_ahead, "options", return_value=options), recorded() as launches:
-        attention.paged_attention(case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, None)
-    (launch,) = (launch for launch in launches if launch.name == "_decode_kernel")
-    ptx = compile_for(launch, 90).asm["ptx"]
-    waits, loads = ptx.index("griddepcontrol.wait"), ptx.index("ld.global")
-    assert waits < loads, "it reads before what is read is there"
-    assert (ptx.index("griddepcontrol.launch_dependents") < waits) == (rows <= 2)
