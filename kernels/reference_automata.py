@@ -64,11 +64,13 @@ def allow_by_state(logits_QV: Tensor, slots_Q: Tensor, indices_Q: Tensor, places
     held_q1 = ((indices_Q[rows_q] < until_q) & others_q)[:, None]
     final_q1 = (states.final_N[state_q] == 1)[:, None]
     may_qE = ~held_q1 & (final_q1 | (mask_qE & (order_E >= num_first_q[:, None])))
-    for row, column in is_end_qE.nonzero().tolist():
-        word, bit = int(ends_qE[row, column]) >> 5, int(ends_qE[row, column]) & 31
-        number = int(words_qW[row, word]) & 0xFFFFFFFF
-        number = number | 1 << bit if may_qE[row, column] else number & ~(1 << bit)
-        words_qW[row, word] = number - (1 << 32) if number >> 31 else number
+    bit_qE = torch.ones_like(ends_qE, dtype=torch.int32) << (ends_qE & 31).to(torch.int32)
+    # One end after the other: two of them may stand in one word.
+    for column in range(int(num_q.max())):
+        place_q1 = ends_qE[:, column : column + 1] >> 5
+        old_q1, bit_q1 = words_qW.gather(1, place_q1), bit_qE[:, column : column + 1]
+        new_q1 = torch.where(may_qE[:, column : column + 1], old_q1 | bit_q1, old_q1 & ~bit_q1)
+        words_qW.scatter_(1, place_q1, torch.where(is_end_qE[:, column : column + 1], new_q1, old_q1))
     reference_sampling.allow_only(logits_QV, rows_q, words_qW)
 
 
