@@ -294,7 +294,8 @@ class Engine:
         masked, self._masking = self._masking, None
         if masked is None:
             return
-        assert self._guides is not None and self._previous is not None, "masks that nobody asked for"  # noqa: PT018  # for the type checker
+        assert self._guides is not None, "masks that nobody asked for"
+        assert self._previous is not None, "masks for no step"
         try:
             self._executor.choose(self._guides.masks(masked.masking))
         except OutOfDeviceMemory as error:
