@@ -92,7 +92,10 @@ class GenerationConfig(_Wire):
     response_format: ResponseFormat | None = None
     """What the answer must match: `{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": {…}}}`,
     `{"type": "regex", "regex": "…"}` or `{"type": "grammar", "grammar": "…"}` (Lark or GBNF); None or `{"type": "text"}`:
-    anything. Only an answer that finished with 'stop' is sure to match: `max_new_tokens` and stop words cut it."""
+    anything. Only an answer that finished with 'stop' is sure to match: `max_new_tokens` and stop words cut it. Between the parts
+    of a JSON text stands one space or none; properties come in the schema's order. Regular formats (most forms; decision 0015 lists
+    their keywords) are followed on the device and cost next to nothing; there an object that lists `properties` and says nothing of
+    others has no others. Any other format is followed by the host, slower."""
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` (a ValueError) naming the first that is wrong."""
