@@ -145,20 +145,21 @@ def _tidy(tidied: float) -> float:
 
 def run(pipe: ParentPipe) -> None:
     """Be the rank that the parent's first message says."""
+    begin = time.perf_counter()
+    # torch is loaded only now, when stdout is out of its reach, and not later: a rank other than 0 hears where to go when rank 0 has
+    # loaded it, and a group would start by twice the time that it takes.
+    from engine.executor import serve_rank
+    from engine.options import EngineOptions
+
     start = next(pipe.take(wait=True))
     if not isinstance(start, Start):
         raise EngineError(f"the first message must be Start, not {type(start).__name__}")
     configure(start.log_level, style="json", stream=sys.stderr)
-    begin = time.perf_counter()
-    from engine.options import EngineOptions  # torch and all that is loaded only now, when stdout is out of its reach
-
     options = EngineOptions.from_dict(start.options)
     _share_cores(options)
     if start.rank == 0:
         _run_engine(options, pipe, begin)
     else:
-        from engine.executor import serve_rank
-
         serve_rank(options, start.rank, start.size, start.rendezvous)
 
 
