@@ -5,9 +5,6 @@ of GROUPS interleaved groups. The k-th largest of those is no greater than the k
 much smaller: the few values not below it are copied out, in vocabulary order, and the exact threshold and the draw are found
 among them in registers. Top-p alone is looked for among the CANDIDATES / 2 largest in the same way. Only a row that keeps more
 than fit (a flat distribution, a huge k) searches its threshold over the whole vocabulary.
-
-Thresholds are searched by bisection over the floats' bits, which as integers are ordered like the floats; of logits in 16 bits
-only as many bits as tell them apart.
 """
 
 from __future__ import annotations
@@ -19,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.thresholds import draw_row, key_of, kth_key, nucleus_key, pick, row_values, value_of
+
 if TYPE_CHECKING:
     from kernels.sampling import SamplingInputs
 
@@ -26,66 +25,6 @@ _EMPTY_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 """Low bits that are zero in a float32 made of each type: a search over them would find nothing."""
 _GROUPS = 2048
 _CANDIDATES = 2048
-
-
-@triton.jit
-def _key(x, SHIFT: tl.constexpr):
-    """An int32 for each float32 whose low SHIFT bits are zero, in the same order (-0 counts as 0)."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
-
-
-@triton.jit
-def _value(key, SHIFT: tl.constexpr):
-    """The float32 of a `_key`."""
-    bits = (key << SHIFT) | ((key >> 31) & ((1 << SHIFT) - 1))
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _middle(low, high):
-    """The integer halfway, rounded up, of two int32 whose difference may not fit one."""
-    return ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
-
-
-@triton.jit
-def _kth_key(b_key, k, low):
-    """The k-th largest of a block of keys, or `low` if that is larger."""
-    high = tl.max(b_key, axis=0)
-    while low < high:
-        middle = _middle(low, high)
-        if tl.sum((b_key >= middle).to(tl.int32), axis=0) >= k:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@triton.jit
-def _nucleus_key(b_key, b_weight, bound, low):
-    """The smallest key t, from `low` up, for which the weight of all keys greater than t is at most `bound`."""
-    high = tl.max(b_key, axis=0)
-    while low < high:
-        middle = _middle(low, high) - 1
-        if tl.sum(tl.where(b_key > middle, b_weight, 0.0), axis=0) <= bound:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@triton.jit
-def _values(p_row, start, V, BLOCK: tl.constexpr):
-    """A block of the row's logits in float32; -inf past the vocabulary."""
-    o_v = start + tl.arange(0, BLOCK)
-    return tl.load(p_row + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _weights(p_row, start, scale, best, threshold, V, BLOCK: tl.constexpr):
-    """The block's probabilities over the best one's, 0 where not kept; `scale` is log2(e) / temperature."""
-    b_x = _values(p_row, start, V, BLOCK)
-    return tl.where(b_x >= threshold, tl.exp2((b_x - best) * scale), 0.0)
 
 
 @triton.jit
@@ -102,91 +41,13 @@ def _argmax(p_row, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     b_nan = tl.zeros([BLOCK], dtype=tl.int32)
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         o_v = start + tl.arange(0, BLOCK)
-        b_x = _values(p_row, start, V, BLOCK)
+        b_x = row_values(p_row, start, V, BLOCK)
         m_v = b_x > b_best
         b_best = tl.where(m_v, b_x, b_best)
         b_at = tl.where(m_v, o_v, b_at)
         b_nan |= (b_x != b_x).to(tl.int32)
     best = tl.max(b_best, axis=0)
     return tl.min(tl.where(b_best == best, b_at, 0x7FFFFFFF), axis=0), _or_nan(best, b_nan)
-
-
-@triton.jit
-def _pick(b_weight, target):
-    """Index of the first entry whose cumulative weight exceeds `target`; of the last with any weight if rounding hid it."""
-    o_c = tl.arange(0, b_weight.shape[0])
-    m_hit = (tl.cumsum(b_weight, axis=0) > target) & (b_weight > 0)
-    i_hit = tl.min(tl.where(m_hit, o_c, 0x7FFFFFFF), axis=0)
-    i_last = tl.max(tl.where(b_weight > 0, o_c, 0), axis=0)
-    return tl.minimum(i_hit, i_last)
-
-
-@triton.jit
-def _walk(p_row, u, scale, best, threshold, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Draw from the whole row's kept values: sum them, then walk to the block in which u falls."""
-    b_total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        b_total += _weights(p_row, start, scale, best, threshold, V, BLOCK)
-    target = u * tl.sum(b_total, axis=0)
-    before = 0.0
-    at = 0
-    hit = 0
-    i_start = 0
-    while (hit == 0) & (i_start < V):
-        b_weight = _weights(p_row, i_start, scale, best, threshold, V, BLOCK)
-        here = tl.sum(b_weight, axis=0)
-        if here > 0:
-            # The last block with any weight is remembered: the sums may round to just below the target.
-            at = i_start + _pick(b_weight, target - before)
-            hit = (before + here > target).to(tl.int32)
-        before += here
-        i_start += BLOCK
-    return at
-
-
-@triton.jit
-def _search_row(
-    p_row, floor, bound, scale, best, least, V, BLOCK: tl.constexpr, COUNT: tl.constexpr, SHIFT: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """The greatest value from which up the row holds more than `bound`: values if COUNT, else weight of those >= `least`.
-
-    Two bits a pass over the whole row: the rare, slow way. `floor` must hold more than the bound.
-    """
-    low = _key(floor, SHIFT)
-    high = _key(best, SHIFT)
-    while low < high:
-        span = high.to(tl.int64) - low.to(tl.int64)
-        i_1 = (low + (span + 3) // 4).to(tl.int32)
-        i_2 = (low + (span + 1) // 2).to(tl.int32)
-        i_3 = (low + (3 * span + 3) // 4).to(tl.int32)
-        # Summed over the row before they are summed over the threads: a sum over threads waits for all of them.
-        b_held_1 = tl.zeros([BLOCK], dtype=tl.float32)
-        b_held_2 = tl.zeros([BLOCK], dtype=tl.float32)
-        b_held_3 = tl.zeros([BLOCK], dtype=tl.float32)
-        for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-            b_x = _values(p_row, start, V, BLOCK)
-            b_key = _key(b_x, SHIFT)
-            if COUNT:
-                b_weight = (b_x > float("-inf")).to(tl.float32)
-            else:
-                b_weight = tl.where(b_x >= least, tl.exp2((b_x - best) * scale), 0.0)
-            b_held_1 += tl.where(b_key >= i_1, b_weight, 0.0)
-            b_held_2 += tl.where(b_key >= i_2, b_weight, 0.0)
-            b_held_3 += tl.where(b_key >= i_3, b_weight, 0.0)
-        held_1 = tl.sum(b_held_1, axis=0)
-        held_2 = tl.sum(b_held_2, axis=0)
-        held_3 = tl.sum(b_held_3, axis=0)
-        if held_3 > bound:
-            low = i_3
-        elif held_2 > bound:
-            low = i_2
-            high = i_3 - 1
-        elif held_1 > bound:
-            low = i_1
-            high = i_2 - 1
-        else:
-            high = i_1 - 1
-    return _value(low, SHIFT)
 
 
 @triton.jit
@@ -206,7 +67,7 @@ def _first_pass(p_row, scale, V, GROUPS: tl.constexpr, STAGES: tl.constexpr, MAS
     if MASS:
         b_mass = tl.zeros([GROUPS], dtype=tl.float32)
         for start in tl.range(0, V, GROUPS, num_stages=STAGES):
-            b_x = _values(p_row, start, V, GROUPS)
+            b_x = row_values(p_row, start, V, GROUPS)
             b_new = tl.maximum(b_best, b_x)
             b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_mass = b_mass * tl.exp2((b_best - b_base) * scale) + tl.exp2((b_x - b_base) * scale)
@@ -215,7 +76,7 @@ def _first_pass(p_row, scale, V, GROUPS: tl.constexpr, STAGES: tl.constexpr, MAS
         mass = tl.sum(b_mass * tl.exp2((b_best - tl.max(b_best, axis=0)) * scale), axis=0)
     else:
         for start in tl.range(0, V, GROUPS, num_stages=STAGES):
-            b_x = _values(p_row, start, V, GROUPS)
+            b_x = row_values(p_row, start, V, GROUPS)
             b_best = tl.maximum(b_best, b_x)
             b_nan |= (b_x != b_x).to(tl.int32)
     return b_best, b_nan, mass
@@ -226,7 +87,7 @@ def _gather_candidates(p_row, p_values, p_ids, floor, V, BLOCK: tl.constexpr, CA
     """Copy the values not below `floor` and their ids out, in vocabulary order; give how many there are (or more than fit)."""
     count = 0
     for i_start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        b_x = _values(p_row, i_start, V, BLOCK)
+        b_x = row_values(p_row, i_start, V, BLOCK)
         o_v = i_start + tl.arange(0, BLOCK)
         m_v = (b_x >= floor) & (o_v < V)
         here = tl.sum(m_v.to(tl.int32), axis=0)
@@ -250,37 +111,17 @@ def _candidate_weights(p_values, count, scale, best, CANDIDATES: tl.constexpr):
 @triton.jit
 def _draw_candidates(b_x, b_weight, p_ids, k, top_p, least, u, mass, SHIFT: tl.constexpr):
     """Find the exact threshold among the candidates and draw one."""
-    b_key = _key(b_x, SHIFT)
+    b_key = key_of(b_x, SHIFT)
     # What weighs nothing is never drawn, so no threshold need be looked for below what weighs something.
     low = tl.min(tl.where(b_weight > 0, b_key, 0x7FFFFFFF), axis=0)
     if k > 0:
-        low = _kth_key(b_key, k, low)
+        low = kth_key(b_key, k, low)
         b_weight = tl.where(b_key >= low, b_weight, 0.0)
         mass = tl.sum(b_weight, axis=0)
     if top_p < 1:
-        b_weight = tl.where(b_key >= _nucleus_key(b_key, b_weight, top_p * mass, low), b_weight, 0.0)
+        b_weight = tl.where(b_key >= nucleus_key(b_key, b_weight, top_p * mass, low), b_weight, 0.0)
     b_weight = tl.where(b_x >= least, b_weight, 0.0)
-    return tl.load(p_ids + _pick(b_weight, u * tl.sum(b_weight, axis=0)))
-
-
-@triton.jit
-def _draw_row(
-    p_row, u, k, top_p, scale, best, floor, least, mass, V, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr
-):  # fmt: skip
-    """Draw where the candidates do not decide: unfiltered rows, and rows that keep more than fit."""
-    threshold = least
-    if k > 0:
-        threshold = _search_row(p_row, floor, k - 0.5, scale, best, least, V, BLOCK, True, SHIFT, STAGES)
-    if top_p < 1:
-        kept = best * 0.0 + float("-inf")
-        if k > 0:
-            kept = threshold
-            b_mass = tl.zeros([BLOCK], dtype=tl.float32)
-            for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-                b_mass += _weights(p_row, start, scale, best, kept, V, BLOCK)
-            mass = tl.sum(b_mass, axis=0)
-        threshold = _search_row(p_row, kept, top_p * mass, scale, best, kept, V, BLOCK, False, SHIFT, STAGES)
-    return _walk(p_row, u, scale, best, tl.maximum(threshold, least), V, BLOCK, STAGES)
+    return tl.load(p_ids + pick(b_weight, u * tl.sum(b_weight, axis=0)))
 
 
 @triton.jit(
@@ -332,8 +173,8 @@ def _sample_kernel(
         # Without a k, a nucleus is looked for among about as many of the largest values as leave room for collisions.
         wanted = tl.where(k > 0, k, min(CANDIDATES, GROUPS) // 2)
         if ((k > 0) | (top_p < 1)) & (wanted <= GROUPS):
-            b_key = _key(b_best, SHIFT)
-            floor = _value(_kth_key(b_key, wanted, tl.min(b_key, axis=0)), SHIFT)
+            b_key = key_of(b_best, SHIFT)
+            floor = value_of(kth_key(b_key, wanted, tl.min(b_key, axis=0)), SHIFT)
         # A row that a grammar has left few tokens to: those are the candidates, all of them.
         few = ((k > 0) | (top_p < 1)) & (wanted <= GROUPS) & (floor == float("-inf"))
         if V <= CANDIDATES:
@@ -356,7 +197,7 @@ def _sample_kernel(
                 token = _draw_candidates(b_x, b_weight, p_row_ids, k, top_p, least, u, mass, SHIFT)
                 tl.store(p_out + i_row, tl.minimum(tl.maximum(token, 0), V - 1).to(tl.int64))
     if count > CANDIDATES:
-        token = _draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, GROUPS, STAGES, SHIFT)
+        token = draw_row(p_row, u, k, top_p, scale, best, floor, least, mass, V, GROUPS, STAGES, SHIFT)
         # Logits full of NaN choose nothing: the id must be one of the vocabulary all the same.
         tl.store(p_out + i_row, tl.minimum(tl.maximum(token, 0), V - 1).to(tl.int64))
 
