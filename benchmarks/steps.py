@@ -3,8 +3,9 @@
     python benchmarks/steps.py --model DIR [--rows 1,64,512,1024] [--context 512]
 
 Fills the engine with `rows` requests of `context` tokens, lets it reach steady decode, times 200 steps by events, then profiles 16
-for the kinds of kernels. `host_exposed_us`: what passes on the GPU between a step's last operation and the next one's first.
-`gpu_busy`: the kernels' time over the steps' time without a profiler. CUDA only. One JSON line for each row count, printed and
+for the kinds of kernels. `host_exposed_us`: what passes on the GPU between a step's last operation and the next one's first;
+`gpu_busy`: the share of the time in which it doesn't wait so. `kernels_share`: of the profiled steps' time, with the gaps between their
+kernels, which the profiler widens, what kernels run in. CUDA only. One JSON line for each row count, printed and
 appended to benchmarks/results/steps.jsonl.
 """
 
@@ -105,8 +106,8 @@ def measure(engine: Engine, timeline: Timeline) -> dict[str, Any]:
         "host_exposed_us": steady["between_us"],
         "host_launch_ms": steady["host_ms"],
         "gpu_step_ms": steady["gpu_ms"],
-        # Of the time that steps take with no profiler: its own overhead is none of the engine's.
-        "gpu_busy": round(busy / PROFILED_STEPS / 1e6 / wall, 4),
+        "gpu_busy": round(1 - steady["between_us"] / (steady["between_us"] + 1e3 * steady["gpu_ms"]), 4),
+        "kernels_share": round(busy / (end - spans[0][0]), 4),
         "kernels_per_step": round(len(spans) / PROFILED_STEPS, 1),
         "us_per_step": {kind: round(total / PROFILED_STEPS, 1) for kind, total in kinds.most_common()},
         "top_kernels_us": {name: round(total / PROFILED_STEPS, 1) for name, total in names.most_common(14)},
