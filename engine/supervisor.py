@@ -39,7 +39,7 @@ class Limits:
     """How patient a supervisor is; seconds unless said otherwise."""
 
     watchdog_s: float = 600.0
-    """A busy engine that says nothing for so long hangs and is killed."""
+    """A busy engine that says nothing for so long hangs and is killed. Unless said, 120 s on a GPU, where no step takes seconds."""
     start_timeout_s: float = 3600.0
     """From exec to Ready; loading a large model from a slow disk takes long."""
     close_timeout_s: float = 5.0
@@ -108,7 +108,7 @@ class Supervisor:
         self._listener = listener
         self._size = size
         self._command = command
-        self._limits = limits or Limits()
+        self._limits = limits or (Limits(watchdog_s=120.0) if options.get("device") == "cuda" else Limits())
         self._on_event = on_event
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
