@@ -83,6 +83,24 @@ def _first_pass(p_row, scale, V, GROUPS: tl.constexpr, STAGES: tl.constexpr, MAS
 
 
 @triton.jit
+def _groups_of_row(
+    p_row, k, top_p, scale, V, GROUPS: tl.constexpr, STAGES: tl.constexpr, ANY_TOP_K: tl.constexpr, ANY_TOP_P: tl.constexpr
+):  # fmt: skip
+    """Make the first pass; the row's weight is summed where a nucleus alone is asked for."""
+    if ANY_TOP_P and not ANY_TOP_K:
+        b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
+    elif ANY_TOP_P:
+        mass = 0.0
+        if (top_p < 1) & (k == 0):
+            b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
+        else:
+            b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
+    else:
+        b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
+    return b_best, b_nan, mass
+
+
+@triton.jit
 def _gather_candidates(p_row, p_values, p_ids, floor, V, BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, STAGES: tl.constexpr):
     """Copy the values not below `floor` and their ids out, in vocabulary order; give how many there are (or more than fit)."""
     count = 0
@@ -151,16 +169,7 @@ def _sample_kernel(
         k = tl.where(k >= V, 0, k)
     if ANY_TOP_P:
         top_p = tl.load(p_top_p + i_row)
-    if ANY_TOP_P and not ANY_TOP_K:
-        b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
-    elif ANY_TOP_P:
-        mass = 0.0
-        if (top_p < 1) & (k == 0):
-            b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, True)
-        else:
-            b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
-    else:
-        b_best, b_nan, mass = _first_pass(p_row, scale, V, GROUPS, STAGES, False)
+    b_best, b_nan, mass = _groups_of_row(p_row, k, top_p, scale, V, GROUPS, STAGES, ANY_TOP_K, ANY_TOP_P)
     best = tl.max(b_best, axis=0)
     tl.store(p_best + i_row, _or_nan(best, b_nan))
     least = best * 0.0 + float("-inf")  # of what min-p keeps
