@@ -17,6 +17,19 @@ from engine.request import TokenOutput, TokenRequest
 from engine.tokenizer import Tokenizer
 from headrace.config import PytorchEngineConfig
 
+
+def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
+
+
+def of_regex(regex: str) -> dict[str, Any]:
+    return {"type": "regex", "regex": regex}
+
+
+def of_lark(regex: str) -> dict[str, Any]:
+    return {"type": "grammar", "grammar": f"start: /{regex}/"}
+
+
 COLOUR = {"type": "regex", "regex": "(red|green|blue) [0-9]{2,4}"}
 LARK = {"type": "grammar", "grammar": 'start: item (", " item)~1..2\nitem: "mill" | /[0-9]+ wheels/\n'}
 GBNF = {"type": "grammar", "grammar": 'root ::= "yes" | "no" rest\nrest ::= "," [a-c]{1,3}\n'}
@@ -27,10 +40,8 @@ PERSON = {
     "additionalProperties": False,
 }
 SAMPLED = {"top_k": 0, "temperature": 1.0}
-
-
-def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"schema": schema}}
+# The same form followed on the device, and as a grammar by the host.
+BOTH_WAYS = pytest.mark.parametrize("form", [of_regex, of_lark], ids=["device", "host"])
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +105,9 @@ def test_regex_and_grammars(engine, tokenizer, wanted, pattern, greedy):
     assert all(re.fullmatch(pattern, answer) for answer in done), done
 
 
-def test_where_the_form_may_end_or_go_on_the_model_ends_it_with_its_end_token(engine, tokenizer):
-    outputs = run(engine, [guided(i, {"type": "regex", "regex": "[ab]+"}, logit_bias={2: 6.0}) for i in range(6)])
+@BOTH_WAYS
+def test_where_the_form_may_end_or_go_on_the_model_ends_it_with_its_end_token(engine, tokenizer, form):
+    outputs = run(engine, [guided(i, form("[ab]+"), logit_bias={2: 6.0}) for i in range(6)])
     assert {output.stop_detail for output in outputs.values()} == {"eos"}
     assert all(re.fullmatch("[ab]+", text(tokenizer, output)) for output in outputs.values())
 
@@ -105,19 +117,21 @@ def test_a_cut_answer_says_length(engine, tokenizer):
     assert (output.finish_reason, output.stop_detail) == ("length", "max_new_tokens")
 
 
-def test_an_answer_complete_at_its_last_allowed_token_is_a_stop(engine, tokenizer):
-    (output,) = run(engine, [guided(0, {"type": "regex", "regex": "[a-z]{3}"}, most=3)]).values()
+@BOTH_WAYS
+def test_an_answer_complete_at_its_last_allowed_token_is_a_stop(engine, tokenizer, form):
+    (output,) = run(engine, [guided(0, form("[a-z]{3}"), most=3)]).values()
     assert len(output.token_ids) <= 3
     assert re.fullmatch("[a-z]{3}", text(tokenizer, output))
     assert output.finish_reason == "stop"
 
 
-def test_min_new_tokens_holds_the_end_back_only_where_the_form_can_go_on(engine, tokenizer):
+@BOTH_WAYS
+def test_min_new_tokens_holds_the_end_back_only_where_the_form_can_go_on(engine, tokenizer, form):
     outputs = run(
         engine,
         [
-            guided(0, {"type": "regex", "regex": "[ab]*"}, min_new_tokens=9, logit_bias={2: 20.0}),
-            guided(1, {"type": "regex", "regex": "yes"}, min_new_tokens=50),
+            guided(0, form("[ab]*"), min_new_tokens=9, logit_bias={2: 20.0}),
+            guided(1, form("yes"), min_new_tokens=50),
         ],
     )
     assert len(outputs["0"].token_ids) == 9
@@ -131,9 +145,10 @@ def test_neighbours_without_a_form_say_the_same_as_alone(engine):
     assert all(mixed[str(i)].token_ids == alone[str(i)].token_ids for i in range(6))
 
 
-def test_a_form_gives_the_same_answer_preempted_chunked_or_alone(tiny_model_dir, engine, tokenizer):
+@BOTH_WAYS
+def test_a_form_gives_the_same_answer_preempted_chunked_or_alone(tiny_model_dir, engine, tokenizer, form):
     # As long as allowed: the engine expects half of it, and lets more in than fit.
-    long = {"type": "regex", "regex": "[a-z ]+"}
+    long = form("[a-z ]+")
     requests = [guided(i, long, most=60, min_new_tokens=60, prompt=range(40 + i, 60 + i)) for i in range(8)]
     alone = [run(engine, [one])[one.request_id].token_ids for one in requests]
     # 12 blocks of 16 tokens: room for two such answers.
@@ -163,8 +178,9 @@ def test_a_request_is_aborted_while_its_form_is_compiled(engine):
     assert not engine.has_work
 
 
-def test_bans_that_leave_nothing_are_said_by_name(engine):
-    request = guided(0, {"type": "regex", "regex": "[0-9]{3}"})
+@BOTH_WAYS
+def test_bans_that_leave_nothing_are_said_by_name(engine, form):
+    request = guided(0, form("[0-9]{3}"))
     digits = tuple((token,) for token in range(3, 400))
     (output,) = run(engine, [type(request)(**{**_fields(request), "bad_sequences": digits})]).values()
     assert output.error.code == "invalid_request"
@@ -172,8 +188,9 @@ def test_bans_that_leave_nothing_are_said_by_name(engine):
     assert "response_format" in output.error.message
 
 
-def test_logprobs_are_of_the_raw_logits(engine):
-    (output,) = run(engine, [guided(0, {"type": "regex", "regex": "[0-9]"}, logprobs=20)]).values()
+@BOTH_WAYS
+def test_logprobs_are_of_the_raw_logits(engine, form):
+    (output,) = run(engine, [guided(0, form("[0-9]"), logprobs=20)]).values()
     (one,) = output.logprobs
     assert len(one.top) == 20  # all but ten tokens are banned; the model's own favourites are still told
     assert all(value > -100 for _, value in one.top)
