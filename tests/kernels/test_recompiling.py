@@ -12,10 +12,12 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has replaced the compiler in this process", allow_module_level=True)
 
+from automata_checks import states_at_random, vocabulary_at_random
 from kernel_cases import attention_case
 from kernel_launches import recorded, specialised
 
-from kernels.gpu import attention, rotary, sampling, state
+from kernels.automata import Places
+from kernels.gpu import attention, automata, rotary, sampling, state
 from kernels.sampling import SamplingInputs
 
 STEPS = [(1, 1, 7), (2, 1, 700), (5, 3, 64), (16, 2, 90), (17, 16, 33), (48, 1, 1100)]
@@ -40,7 +42,12 @@ def launches_of_a_step(singles: int, longer: int, context: int) -> None:
     logits = torch.zeros(rows, 5000)
     drawn = sampling.sample(logits, inputs, any_random=True, any_top_k=True, any_top_p=True, any_min_p=False)
     state.hold_back(logits, rest[2], rest[3], torch.zeros(9, dtype=torch.int32), torch.zeros(9, 8, dtype=torch.int32))
-    state.store_tokens(*drawn, rest[2], rest[4], torch.zeros(9, 2000, dtype=torch.int32))
+    stored = state.store_tokens(*drawn, rest[2], rest[4], torch.zeros(9, 2000, dtype=torch.int32))
+    forms, vocabulary = states_at_random(157, torch.device("cpu")), vocabulary_at_random(5000, torch.device("cpu"))
+    places = Places.allocate(9, 8, torch.device("cpu"))
+    automata.fill_masks(forms, vocabulary, torch.arange(2, 3 + rows % 8))
+    automata.allow_by_state(logits, rest[2], rest[3], places, forms)
+    automata.advance(stored, rest[2], rest[3], places, forms, vocabulary)
 
 
 def test_no_step_needs_another_binary_than_the_one_before() -> None:
