@@ -38,10 +38,10 @@ def _environment() -> dict[str, str]:
     env["PYTHONPATH"] = os.pathsep.join(part for part in (str(ROOT), env.get("PYTHONPATH", "")) if part)
     # Spinning OpenMP threads on a machine with other work cost a factor of ten; it is read when torch is imported.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch and oneDNN keep a compiled product for each of the last 1024 shapes, and packed steps rarely repeat one: a CPU engine
-    # grew by 30 KB a prompt, up to a gigabyte. Decode steps repeat theirs and stay cached.
-    env.setdefault("LRU_CACHE_CAPACITY", "128")
-    env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # torch and oneDNN keep a compiled product of 250 KiB for each of the last 1024 shapes. `engine.layers.matrix` asks for 48 row counts up
+    # to 8192, five shapes each; whatever else asks for more must not take a gigabyte.
+    env.setdefault("LRU_CACHE_CAPACITY", "256")
+    env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     # Ranks share memory, never through NVLink multicast: sums don't need it, and it can be broken for a whole host by one program.
     env.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     env["PYTHONUNBUFFERED"] = "1"

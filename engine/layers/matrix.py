@@ -7,6 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _TYPICAL_ROWS = 64  # the layout is chosen for about so many rows; it serves any number
+_EXACT_ROWS = 8
+
+
+def padded_rows(rows: int) -> int:
+    """Return the row count that oneDNN is given for so many: itself up to 8, then four to a power of two; at most a quarter more.
+
+    oneDNN compiles a product for each row count, an object of 250 KiB and up to a millisecond of work, and packed steps hardly ever
+    repeat theirs: a small model spent most of its time compiling, and what the cache dropped left the heap in pieces that grew for hours.
+    """
+    if rows <= _EXACT_ROWS:
+        return rows
+    step = 1 << ((rows - 1).bit_length() - 3)
+    return -(-rows // step) * step
 
 
 class Matrix:
@@ -44,8 +57,11 @@ class Matrix:
     def __call__(self, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Give [T, O]."""
         if self._packed:
+            rows = len(x_TI)
+            if more := padded_rows(rows) - rows:
+                x_TI = F.pad(x_TI, (0, 0, 0, more))
             out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._weight, bias_O, "none", [], "")  # noqa: SLF001
-            return out_TO
+            return out_TO[:rows]
         return F.linear(x_TI, self._weight, bias_O)
 
     def into(self, out_TO: Tensor, x_TI: Tensor, bias_O: Tensor | None = None) -> None:
