@@ -20,10 +20,12 @@ DEAD = -1
 MOST_STATES = 8192
 """A token mask for each is kept on the device: 50 MB for a vocabulary of 49,152, 155 MB for 151,936."""
 _MOST_POSITIONS = 1 << 16
+_MOST_WORK = 1 << 19
+"""Edges and members of sets that are looked at: a form of 8,192 states needs a fifth of it, a regex made to blow up stops after a second."""
 
 
 class TooLargeError(Exception):
-    """The automaton would have more states than `MOST_STATES`."""
+    """The automaton would have more states than `MOST_STATES`, or take too long to make."""
 
 
 class Automaton(NamedTuple):
@@ -153,7 +155,9 @@ def compile_expression(expression: Expression, *, most_states: int = MOST_STATES
     arrows: list[list[_Edge]] = []
     for here in order:
         leaving: list[_Edge] = []
-        for low, high, targets in _intervals([edge for position in here for edge in positions.edges[position]]):
+        edges = [edge for position in here for edge in positions.edges[position]]
+        closures.spend(len(here) + len(edges))
+        for low, high, targets in _intervals(edges):
             there = closures.of(targets)
             number = numbers.get(there)
             if number is None:
@@ -178,6 +182,13 @@ class _Closures:
         self._positions = positions
         self._end = end
         self._single: dict[int, frozenset[int]] = {}
+        self._spent = 0
+
+    def spend(self, work: int) -> None:
+        """Count work; raise `TooLargeError` where it has become too much."""
+        self._spent += work
+        if self._spent > _MOST_WORK:
+            raise TooLargeError
 
     def of(self, targets: Iterable[int]) -> frozenset[int]:
         return frozenset().union(*map(self._of_one, targets))
@@ -192,6 +203,7 @@ class _Closures:
                     if after not in seen:
                         seen.add(after)
                         todo.append(after)
+            self.spend(len(seen))
             found = frozenset(one for one in seen if self._positions.edges[one] or one == self._end)
             self._single[target] = found
         return found

@@ -125,7 +125,7 @@ def repeat(part: Expression, least: int, most: int | None) -> Expression:
         return NEVER
     if part == NEVER:
         return NEVER if least else EMPTY
-    if most == 0:
+    if most == 0 or part == EMPTY:
         return EMPTY
     return part if (least, most) == (1, 1) else Repeat(part, least, most)
 

@@ -71,18 +71,23 @@ def read_schema(source: str) -> Expression:
 
 def string_char(ranges: Ranges) -> Expression:
     """One character out of a set, as it stands between the quotation marks of a JSON string."""
-    plain = cut(cut(ranges, _CONTROLS), _SPECIAL)
-    escaped = [text(f"\\{chr(low)}") for low, _ in common(ranges, _SPECIAL)]
-    for low, high in common(ranges, _CONTROLS):
-        for point in range(low, high + 1):
-            short = _SHORT.get(chr(point))
-            escaped += [text(f"\\{short}")] if short else []
-            escaped.append(seq(text("\\u00"), *(_either_case(digit) for digit in f"{point:02x}")))
-    return alt(chars(plain), *escaped)
+    plain = chars(cut(cut(ranges, _CONTROLS), _SPECIAL))
+    controls = [point for low, high in common(ranges, _CONTROLS) for point in range(low, high + 1)]
+    letters = [chr(low) for low, _ in common(ranges, _SPECIAL)] + [_SHORT[chr(one)] for one in controls if chr(one) in _SHORT]
+    # By their last digit, which most first ones have in common: written one by one they would be most of a long string's automaton.
+    lasts: dict[str, str] = {}
+    for point in controls:
+        first, last = f"{point >> 4:x}", f"{point & 15:x}"
+        lasts[first] = lasts.get(first, "") + last
+    firsts: dict[str, str] = {}
+    for first, several in lasts.items():
+        firsts[several] = firsts.get(several, "") + first
+    coded = alt(*(seq(_one_of(several), _one_of(last + last.upper())) for last, several in firsts.items()))
+    return alt(plain, seq(text("\\"), alt(_one_of("".join(letters)), seq(text("u00"), coded))))
 
 
-def _either_case(digit: str) -> Expression:
-    return chars(char_set([(ord(one), ord(one)) for one in (digit, digit.upper())]))
+def _one_of(letters: str) -> Expression:
+    return chars(char_set([(ord(letter), ord(letter)) for letter in letters]))
 
 
 _ANY_CHAR = string_char(complement(()))

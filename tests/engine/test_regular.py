@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from typing import Any
 
 import jsonschema
@@ -309,6 +310,25 @@ def test_long_repetitions_cost_states_not_time():
     assert not automaton.accepts(b'"' + b"a" * 301 + b'"')
     with pytest.raises(TooLargeError):
         compile_expression(repeat(item, 0, 300), most_states=300)
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        "a.{500}b.*a.{500}c",
+        "(a|b)*a(a|b){400}",
+        "(a?){8000}",
+        "((a?){90}){90}",
+        "(.*x){300}",
+        "(){4000000000}",
+        "([a-z]+,?){2000}",
+    ],
+)
+def test_what_would_blow_up_is_given_up_soon(regex):
+    begin = time.perf_counter()
+    automaton = of_regex(regex)
+    assert automaton is None or automaton.size < MOST_STATES
+    assert time.perf_counter() - begin < 20, "some two seconds on a quiet machine"
 
 
 def test_nothing_to_say_is_no_automaton():
