@@ -6,6 +6,7 @@ Knows no HTTP; whose turn it is to count is said by the store.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -37,10 +38,12 @@ def pages(store: Store, batch: Batch, kind: OutputKind) -> Iterator[bytes]:
 def count_next(store: Store, *, stop: Callable[[], bool]) -> bool:
     """Count the bytes of one file that waits for it; False: there is none, or `stop` said so before the end."""
     stored = store.files.claim_counting()
-    return stored is not None and count(store, stored, stop=stop) is not None
+    return stored is not None and count(store, stored, stop=stop, is_waited_for=False) is not None
 
 
-def count(store: Store, stored: StoredFile, *, stop: Callable[[], bool] = lambda: False) -> StoredFile | None:
+def count(
+    store: Store, stored: StoredFile, *, stop: Callable[[], bool] = lambda: False, is_waited_for: bool = True
+) -> StoredFile | None:
     """Count a file's bytes, note them, and return it with them; None: its batch is gone, or `stop` said so before the end."""
     place = split_file_id(stored.id)
     assert place is not None, f"{stored.id} is no file of answers"
@@ -50,8 +53,13 @@ def count(store: Store, stored: StoredFile, *, stop: Callable[[], bool] = lambda
     except NotFound:
         return None
     size = 0
+    began = time.perf_counter()
     for number, page in enumerate(pages(store, batch, kind), 1):
         size += len(page)
+        if not is_waited_for:
+            # A million lines in one go would keep this process's requests waiting for the interpreter, for half a minute.
+            time.sleep(time.perf_counter() - began)
+        began = time.perf_counter()
         if stop() or (number % _PAGES_A_CLAIM == 0 and not store.files.go_on_counting(stored.id)):
             return None
     store.files.set_size(stored.id, size)
