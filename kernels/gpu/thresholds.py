@@ -164,5 +164,7 @@ def draw_row(
             for start in tl.range(0, V, BLOCK, num_stages=STAGES):
                 b_mass += row_weights(p_row, start, scale, best, kept, V, BLOCK)
             mass = tl.sum(b_mass, axis=0)
-        threshold = search_row(p_row, kept, top_p * mass, scale, best, kept, V, BLOCK, False, SHIFT, STAGES)
+        # All that lies below this value weighs less together than what the nucleus leaves out: no use in looking there.
+        lowest = best + (tl.log2((1.0 - top_p) * mass / V) - 1.0) / scale
+        threshold = search_row(p_row, tl.maximum(kept, lowest), top_p * mass, scale, best, kept, V, BLOCK, False, SHIFT, STAGES)
     return walk(p_row, u, scale, best, tl.maximum(threshold, least), V, BLOCK, STAGES)

@@ -39,3 +39,9 @@ def test_op(op: str, dtype: str) -> None:
 @pytest.mark.parametrize("op", ["sampling", "token_masks"])
 def test_op_on_logits(op: str) -> None:
     check(op, "float32")
+
+
+def test_automata() -> None:
+    from automata_checks import check_kernels
+
+    check_kernels(torch.device("cuda"))

@@ -100,15 +100,19 @@ def check_advance(
         assert torch.equal(place.states_S2, other_place.states_S2)
 
 
-def main() -> None:
+def check_kernels(device: torch.device) -> None:
+    """Raise AssertionError where a kernel and its reference differ."""
     from kernels.gpu import automata
 
-    device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
     torch.manual_seed(0)
     dtypes = (torch.float32, torch.float16) + ((torch.bfloat16,) if device.type == "cuda" else ())
     for dtype in dtypes:
         for vocab in (100, 2600) if device.type == "cpu" else (31, 100, 1200, 49152, 151936):
             check_all(automata, device, vocab, dtype)
+
+
+def main() -> None:
+    check_kernels(torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu"))
     print("passed")
 
 
