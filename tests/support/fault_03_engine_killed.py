@@ -59,9 +59,7 @@ class _Fall:
             batch_id = self._batch_under_way()
             name = list(SIGNALS)[fallen % len(SIGNALS)]
             os.kill(engine, SIGNALS[name])
-            killed_at = time.monotonic()
-            engine = self._next_engine(engine)
-            back_s = time.monotonic() - killed_at
+            engine, back_s = self._next_engine(engine)
             slowest_s, fallen = max(slowest_s, back_s), fallen + 1
             self._say(f"death {fallen} by {name}: back after {back_s:.1f} s, {self._tiny.service.done(batch_id)} rows")
             assert back_s <= first_start_s + BACK_S, f"{back_s:.1f} s; the first start took {first_start_s:.0f} s"
@@ -96,20 +94,24 @@ class _Fall:
         )  # fmt: skip
         return batch_id
 
-    def _next_engine(self, pid: int) -> int:
-        """Wait until another engine takes requests; return its process id. One that died with nothing to do comes back, too."""
+    def _next_engine(self, pid: int) -> tuple[int, float]:
+        """Wait until another engine takes requests; return its process id and how long that took, in seconds."""
+        began = time.monotonic()
+        log, store = self._tiny.worker.log_tail, self._tiny.service.store
 
         def ready() -> int | None:
-            found = re.findall(r"\[engine_ready\].*pids=\((\d+),", self._tiny.worker.log_tail(10**7))
+            found = re.findall(r"\[engine_ready\].*pids=\((\d+),", log(10**7))
             return int(found[-1]) if found and int(found[-1]) != pid else None
 
-        try:
-            return int(wait_for(ready, timeout_s=60, what="another engine is ready", process=self._tiny.worker))
-        except AssertionError:
-            # A device without memory shows only at a step: there was none, all was done.
-            assert self._tiny.engine().pid == pid
+        def nothing_to_do() -> bool:
+            return store.get_batch(self._batches[-1]).status.is_terminal
+
+        if wait_for(lambda: ready() or nothing_to_do(), timeout_s=60, what="an engine", process=self._tiny.worker) is True:
+            # A device without memory shows only at a step, and all was done before there was one.
             self._submit()
-            return int(wait_for(ready, timeout_s=60, what="another engine is ready", process=self._tiny.worker))
+            began = time.monotonic()
+        found = int(wait_for(ready, timeout_s=60, what="another engine is ready", process=self._tiny.worker))
+        return found, time.monotonic() - began
 
     def _first_start_s(self) -> float:
         stamps = {

@@ -18,7 +18,7 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
 
     On PostgreSQL: a process frozen inside its SQLite transaction keeps every other writer out, by SQLite's design.
     """
-    zombies, rows = (20, 9_000) if long else (1, 400)
+    zombies, rows = (20, 12_000) if long else (1, 400)
     draw = random.Random(seed)
     size = {"lease_s": 3.0, "visibility_timeout_s": 4.0} if long else {"lease_s": 1.5, "visibility_timeout_s": 2.0}
     # Few wait in Redis, so that what a zombie held is taken over before it wakes up.
