@@ -322,9 +322,13 @@ def check_sampling(scale: Scale) -> Iterator[Check]:
         yield Check("sample", f"{kind}, vocabulary {vocab}", draw_distance(logits, tokens, inputs), 2e-5)
         for dtype in (torch.float16,) if scale.small else (torch.float16, torch.bfloat16):
             narrow = logits.to(dtype)
-            got, want = (sampling.sample(x, inputs, *flags) for x in (narrow, narrow.float()))
-            differing = sum(float((a != b).sum()) for a, b in zip(got, want, strict=True))
-            yield Check("sample", f"{kind}, vocabulary {vocab}, {dtype}", differing, 0.0)
+            tokens, best = sampling.sample(narrow, inputs, *flags)
+            yield Check(
+                "sample", f"{kind}, vocabulary {vocab}, {dtype}, best logit", float((best != narrow.amax(-1)).sum()), 0.0
+            )
+            # Not against the tokens of the same values in float32: wider loads add up in another order, and a number drawn within
+            # rounding of the border between two tokens (5e-9 in a row of these) then falls on the other side.
+            yield Check("sample", f"{kind}, vocabulary {vocab}, {dtype}", draw_distance(narrow.float(), tokens, inputs), 2e-5)
         first, best = sampling.sample(logits, inputs, False, False, False, False)
         wrong = float((first != logits.argmax(-1)).sum() + (best != logits.amax(-1)).sum())
         yield Check("sample", f"{kind}, vocabulary {vocab}, greedy", wrong, 0.0)
