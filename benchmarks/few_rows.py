@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import ledger
 import torch
 import triton
 from torch import Tensor
@@ -122,7 +121,7 @@ def main() -> None:
         "--rows", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2, 4, 8, 16, 24, 32, 48, 64]
     )
     parser.add_argument("--context", type=int, default=384)
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "few_rows.jsonl")
     arguments = parser.parse_args()
     device = torch.device("cuda", 0)
@@ -136,12 +135,8 @@ def main() -> None:
         line = {"benchmark": "few_rows", "rows": rows, "context": arguments.context, "cublas_ms": round(cublas, 3)}
         line |= {"ours_ms": round(ours, 3), "chosen": "ours" if row_bucket(rows) in decoder.few_rows else "cublas"}
         line |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        line |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": arguments.commit}
         line |= {"command": "python benchmarks/few_rows.py " + " ".join(sys.argv[1:])}
-        print(json.dumps(line), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        ledger.keep(arguments.out, line, at_commit=arguments.commit)
 
 
 if __name__ == "__main__":

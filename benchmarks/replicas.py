@@ -19,13 +19,13 @@ import random
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
+import ledger
 from random_model import save_drawn_llama
 from servers import RedisServer
 from service import Service
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["8b", "70b", "tiny"], default="8b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "replicas.jsonl")
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", help="where there is no git to ask")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, RedisServer() as redis:
         model = save_model(Path(folder) / "model", arguments.shape)
@@ -128,11 +128,7 @@ def main() -> None:
         "device": arguments.device,
         **figures,
     }
-    line |= {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": arguments.commit}
-    print(json.dumps(line), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    ledger.keep(arguments.out, line, at_commit=arguments.commit)
 
 
 if __name__ == "__main__":

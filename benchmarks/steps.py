@@ -17,13 +17,13 @@ import random
 import sys
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import ledger
 import torch
 from timeline import Timeline
 from torch.profiler import ProfilerActivity, profile
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rows", type=lambda text: [int(one) for one in text.split(",")], default=[1, 64, 512, 1024])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--variant", choices=["sample", "greedy"], default="sample")
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "steps.jsonl")
     arguments = parser.parse_args()
     options = resolve(
@@ -143,12 +143,8 @@ def main() -> None:
             "variant": arguments.variant,
             **measure(engine, timeline),
         }
-        line |= {"gpu": torch.cuda.get_device_name(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        line |= {"commit": arguments.commit, "command": "python benchmarks/steps.py " + " ".join(sys.argv[1:])}
-        print(json.dumps(line), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        line |= {"gpu": torch.cuda.get_device_name(), "command": "python benchmarks/steps.py " + " ".join(sys.argv[1:])}
+        ledger.keep(arguments.out, line, at_commit=arguments.commit)
         for index in range(rows):
             engine.abort(f"{rows}-{index}")
         while engine.has_work:

@@ -18,12 +18,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
+import ledger
 import torch
 from rank_checks import GATHER, failures
 
@@ -155,13 +155,9 @@ def sweep(group: DistributedGroup, memory: PeerMemory, dim: int) -> list[dict[st
 
 def report(arguments: argparse.Namespace, lines: list[dict[str, object]]) -> None:
     stamp = {"benchmark": "all_reduce", "ranks": arguments.ranks, "dim": arguments.dim, "gpu": torch.cuda.get_device_name()}
-    stamp |= {"torch": torch.__version__, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": arguments.commit}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("a", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps({**stamp, **line}) + "\n")
-            if "bytes" not in line:
-                print(json.dumps(line), flush=True)
+    stamp["torch"] = torch.__version__
+    for line in lines:
+        ledger.keep(arguments.out, stamp | line, at_commit=arguments.commit)
 
 
 def main() -> int:
@@ -172,7 +168,7 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "all_reduce.jsonl")
-    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
