@@ -184,8 +184,13 @@ def database_locked(stage: Stage, jobs: Sequence[Target]) -> bool:
     """Somebody holds SQLite's one write lock."""
     if stage.postgres is not None:
         return False
-    holder = sqlite3.connect(stage.folder / "headrace.db", timeout=20, isolation_level=None)
-    holder.execute("BEGIN IMMEDIATE")
+    holder = sqlite3.connect(stage.folder / "headrace.db", timeout=1, isolation_level=None)
+    try:
+        holder.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        # A worker that was frozen in a transaction has the lock, and this thread is the one that thaws it.
+        holder.close()
+        return False
     stage.later(0.5, 3, holder.close)
     return True
 
