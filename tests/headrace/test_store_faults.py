@@ -138,10 +138,14 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(store: Store, store_url:
     batch = submit(store, 2000, chunk_size=30)
     dice = random.Random(7)
     for _ in range(3):
+        before, deadline = store.get_batch(batch.id).counts.done, time.monotonic() + 30
         with subprocess.Popen([sys.executable, SUPPORT / "store_worker.py", store_url], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
-            time.sleep(dice.uniform(0.02, 0.25))
+            # Into its stride: on busy cores its first chunk may take longer than all that a fixed pause would give it.
+            while store.get_batch(batch.id).counts.done == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(dice.uniform(0, 0.03))
             process.send_signal(signal.SIGKILL)
         check(store, batch.id)
     assert 0 < store.get_batch(batch.id).counts.done < 2000, "it was killed in the middle"
