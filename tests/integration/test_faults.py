@@ -64,13 +64,13 @@ def test_a_worker_whose_database_is_away_leaves_the_messages_to_others(
         service.ready(worker)
         batch_id = service.submit(texts(80), send=False)
         messages = [service.store.chunk_message(ref) for ref in service.store.next_chunks(model="echo", limit=99, grace_s=60)]
-        assert len(messages) == 20
+        assert len(messages) > 3, "the worker itself may have sent some meanwhile"
         postgres_server.kill9()
         for message in messages:
             service.broker.enqueue(message)
         wait_for(lambda: "store_outage" in worker.log_tail(), timeout_s=20, what="the outage is noticed", process=worker)
         time.sleep(2)
-        assert service.broker.count_waiting("echo") >= 17, "those that it can't work on are anybody's"
+        assert service.broker.count_waiting("echo") >= len(messages) - 3, "those that it can't work on are anybody's"
         postgres_server.start()
         service.wait_over(batch_id, worker, timeout_s=20)
         assert "store_back" in worker.log_tail(10**6)
