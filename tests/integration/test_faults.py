@@ -185,7 +185,8 @@ def test_a_long_chunk_is_not_delivered_twice(echo_service, sqlite_url: str) -> N
         service.ready(worker)
         batch_id = service.submit(texts(16))
         service.wait_over(batch_id, worker, timeout_s=30)
-        assert "chunk_ended" in worker.log_tail()
+        # The batch is over with its last row; the worker says so, and ends the chunk, only then.
+        wait_for(lambda: "chunk_ended" in worker.log_tail(), timeout_s=20, what="the chunk ends", process=worker)
         assert "chunk_skipped" not in worker.log_tail(), "no second delivery while the first was at work"
     service.assert_exactly_once(batch_id, 16)
 
