@@ -31,9 +31,11 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
         for number in range(zombies):
             victim = draw.choice(workers)
             wait_for(lambda worker=victim: len(field.chunks_of(worker)) == 4, timeout_s=30, what="at work", process=victim)
-            held = field.chunks_of(victim)
             os.kill(victim.pid, signal.SIGSTOP)
-            rest(2 * lease_s, lambda: None)
+            # Looked at once it is frozen and what it had sent is through: what it finished itself is nobody's to take over.
+            rest(0.5, lambda: None)
+            held = field.chunks_of(victim)
+            rest(2 * lease_s - 0.5, lambda: None)
             taken = set(held) - field.still_held(held)
             os.kill(victim.pid, signal.SIGCONT)
             before, fenced = fenced, fenced + len(taken)
