@@ -5,7 +5,7 @@ Knows no HTTP, no SQL and no file format: prompts of a request and of a file are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from headrace.completion import CompletionError
@@ -23,13 +23,13 @@ def refusal(prompt: Any, *, max_bytes: int) -> CompletionError | None:
     if isinstance(prompt, str):
         if not prompt:
             return CompletionError(code=InvalidRequest.code, message="The prompt is empty; give it some text")
-        return _too_large(_size(prompt), max_bytes)
+        return _text_fault([prompt], max_bytes)
     if not prompt:
         return CompletionError(code=InvalidRequest.code, message="The conversation has no messages; give it at least one")
     for position, message in enumerate(prompt):
         if reason := _message_fault(message):
             return CompletionError(code=InvalidRequest.code, message=f"messages[{position}]: {reason}")
-    return _too_large(sum(_size(message["content"]) for message in prompt), max_bytes)
+    return _text_fault([message["content"] for message in prompt], max_bytes)
 
 
 def _message_fault(message: dict[str, Any]) -> str | None:
@@ -47,13 +47,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "…"
 
 
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _too_large(size: int, limit: int) -> CompletionError | None:
-    if size <= limit:
+def _text_fault(texts: Sequence[str], max_bytes: int) -> CompletionError | None:
+    """Return what is wrong with the texts of one prompt as a whole: that no encoding carries them, or that they are too large."""
+    try:
+        size = sum(map(_size, texts))
+    except UnicodeEncodeError as error:
+        # JSON can say it, as a text does that was cut inside an emoji.
+        return CompletionError(
+            code=InvalidRequest.code,
+            message=f"The prompt has half of a surrogate pair (at character {error.start}), which no encoding carries; cut texts "
+            "between whole characters",
+        )
+    if size <= max_bytes:
         return None
     return CompletionError(
-        code=PayloadTooLarge.code, message=f"The prompt has {size:,} bytes; this server accepts {limit:,} in one prompt"
+        code=PayloadTooLarge.code, message=f"The prompt has {size:,} bytes; this server accepts {max_bytes:,} in one prompt"
     )
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import select, update
 from store_driver import check, count, execute, take, work_off
 
-from headrace.batch import CHAT, BatchStatus, Item
+from headrace.batch import CHAT, ROWS, TEXT, BatchStatus, Item
 from headrace.batch_input import _cached_config
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, InvalidRequest, NotFound, QueueFull
@@ -286,3 +286,27 @@ def test_a_schema_of_its_own_in_each_line_costs_no_memory_that_stays(store: Stor
     assert [json.loads(row[3])["response_format"]["json_schema"]["name"] for row in rows(store, batch_id) if row[3]] == [
         f"n{i}" for i in range(30)
     ]
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, TEXT, ROWS])
+def test_half_a_character_in_a_prompt_fails_its_line_alone(store: Store, endpoint: str) -> None:
+    """JSON can say it, and a text that some JavaScript cut inside an emoji does; no encoding carries it."""
+
+    def line(number: int, text: str) -> bytes:
+        messages = [{"role": "user", "content": text}]
+        if endpoint == ROWS:
+            return json.dumps({"messages": messages} if number % 2 else text).encode()
+        body = {"messages": messages} if endpoint == CHAT else {"prompt": text}
+        return json.dumps({"custom_id": f"c{number}", "method": "POST", "url": endpoint, "body": body}).encode()
+
+    texts = ["whole 🚰", "cut \ud83d", "\udeb0", "whole"]
+    content = b"\n".join(line(number, text) for number, text in enumerate(texts))
+    batch_id = store.ingests.create(order(endpoint=endpoint), upload(store, content))
+    assert read_next(store, SETTINGS) == batch_id
+    batch = check(store, batch_id)
+    assert (batch.status, batch.counts.total, batch.counts.failed) == (BatchStatus.IN_PROGRESS, 4, 2)
+    work_off(store, take(store))
+    assert check(store, batch_id).status is BatchStatus.COMPLETED
+    failed = {row.index: row.error for row in store.stream_results(batch_id) if row.error is not None}
+    assert sorted(failed) == [1, 2]
+    assert all(error.code == "invalid_request" and "surrogate" in error.message for error in failed.values())
