@@ -145,7 +145,7 @@ class Client:
                 if response.is_error:
                     response.read()
                     raise error_of(response)
-                yield from response.iter_lines()
+                yield from (line.decode("utf-8", "replace").removesuffix("\r") for line in _lines(response))
         except httpx.TransportError as error:
             raise _unreachable(error) from error
 
@@ -182,7 +182,7 @@ class Client:
             try:
                 with self._stream(f"/v1/batches/{batch_id}/results.jsonl", after) as response:
                     total, hint_s = int(response.headers["headrace-total"]), _hint_s(response)
-                    for line in response.iter_lines():
+                    for line in _lines(response):
                         completion = read_completion(line)
                         after, failures = completion.index, 0
                         yield completion
@@ -302,6 +302,18 @@ class _Told:
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Yield the lines of a reply as they arrive, one in memory; not httpx's own, which end at U+2028 and U+0085 inside a text, too."""
+    pending = bytearray()
+    for piece in response.iter_bytes():
+        pending += piece
+        if b"\n" in piece:
+            *lines, pending = pending.split(b"\n")
+            yield from map(bytes, lines)
+    if pending:
+        yield bytes(pending)
 
 
 def error_of(response: httpx.Response) -> HeadraceError:

@@ -37,18 +37,30 @@ _PROMPTS_SCHEMA = {
 }
 
 
+_LINE_ENDS = tuple((char.encode(), b"\\u%04x" % ord(char)) for char in "\u0085\u2028\u2029")
+
+
 def _config(value: object) -> object:
     """Build the config by its own constructor, so that HTTP accepts and refuses what `pipeline` does, in the same words."""
     return GenerationConfig() if value is None else GenerationConfig.from_dict(value)  # type: ignore[arg-type]  # it checks
 
 
 def to_wire(value: Any) -> bytes:
-    """Return JSON that every parser takes: infinities are the strings of pydantic, half surrogate pairs become U+FFFD."""
+    """Return JSON that every parser takes, and no reader of lines cuts in two.
+
+    Infinities are the strings of pydantic, half surrogate pairs become U+FFFD, and what Unicode takes for an end of line is escaped.
+    """
     try:
-        return to_json(value, inf_nan_mode="strings")
+        data = to_json(value, inf_nan_mode="strings")
     except PydanticSerializationError:
         # One such character in a completion would otherwise cut the stream at that row for ever.
-        return to_json(_mended(to_jsonable_python(value, inf_nan_mode="strings")))
+        data = to_json(_mended(to_jsonable_python(value, inf_nan_mode="strings")))
+    if data.isascii():
+        return data
+    # `str.splitlines` and the `iter_lines` of OpenAI's client end a line at these; outside of texts JSON has none.
+    for raw, escaped in _LINE_ENDS:
+        data = data.replace(raw, escaped)
+    return data
 
 
 def _mended(value: Any) -> Any:

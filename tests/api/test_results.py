@@ -110,6 +110,22 @@ def test_odd_values_survive_the_wire(http: httpx.Client, store: Store) -> None:
         assert choice.logprobs == logprobs
 
 
+def test_no_reader_of_lines_cuts_an_answer_in_two(http: httpx.Client, store: Store) -> None:
+    """`str.splitlines` and httpx's `iter_lines`, which OpenAI's client has, end a line at these characters, too."""
+    batch_id = store.create_batch(["a"], GenerationConfig(), model="echo", endpoint="/v1/chat/completions").id
+    (ref,) = store.next_chunks(model="echo", limit=9, grace_s=0)
+    claim = store.claim_chunk(ref.chunk_id, worker="w", lease_s=60)
+    assert claim is not None
+    text = "a\u2028b\u2029c\u0085d é"
+    store.record(claim, [Completion(index=0, choices=(Choice(index=0, text=text, token_ids=(1,), finish_reason="stop"),))])
+    store.finish_chunk(claim)
+    [line] = http.get(f"/v1/batches/{batch_id}/results.jsonl").text.splitlines()
+    assert read_completion(line).choices[0].text == text
+    file_id = store.get_batch(batch_id).file_id("output")
+    [line] = http.get(f"/v1/files/{file_id}/content").text.splitlines()
+    assert json.loads(line)["response"]["body"]["choices"][0]["message"]["content"] == text
+
+
 def test_bad_cursors_are_refused_by_name(http: httpx.Client, store: Store) -> None:
     path = f"/v1/batches/{new_batch(store, 1)}/results"
     for query in ("after=-2", "after=x", "limit=0", "limit=1001", "limit=x", "after=99999999999"):

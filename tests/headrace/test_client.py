@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import httpx
 import pytest
 from live_api import LiveApi, work
 from servers import RedisServer, free_port
-from store_driver import work_off
+from store_driver import answer, work_off
 
 from headrace.batch import BatchStatus
 from headrace.broker import Broker, make_celery
@@ -290,3 +291,21 @@ def test_a_delete_whose_reply_was_lost_is_done(is_lost: bool) -> None:
             with pytest.raises(NotFound):
                 client.delete("batch_x")
     assert calls == ["DELETE"] * (2 if is_lost else 1)
+
+
+def test_a_line_ends_where_json_lines_end_and_nowhere_else() -> None:
+    """Python's own lines end at U+2028, U+2029 and U+0085, too, which JSON leaves as they are in a text."""
+    texts = ["one\u2028two", "\u2029\u0085", "r\r\n", ""]
+    rows = [answer(index) for index in range(len(texts))]
+    rows = [replace(row, choices=(replace(row.choices[0], text=text),)) for row, text in zip(rows, texts, strict=True)]
+    whole = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows).encode()
+
+    def serve(_: httpx.Request) -> httpx.Response:
+        pieces = (whole[start : start + 7] for start in range(0, len(whole), 7))
+        return httpx.Response(200, headers={"headrace-total": str(len(rows))}, content=pieces)
+
+    with Client(transport=httpx.MockTransport(serve)) as client:
+        assert list(client.results("batch_1")) == rows
+        assert [json.loads(line) for line in client.file_content("file-1")] == [
+            json.loads(line) for line in whole.split(b"\n")[:-1]
+        ]
