@@ -27,7 +27,7 @@ _PAGES_A_CLAIM: Final = 50
 
 
 def pages(store: Store, batch: Batch, kind: OutputKind) -> Iterator[bytes]:
-    """Make the file's lines, `PAGE` of them at a time."""
+    """Make the file's lines, `PAGE` of them at a time. Raises `NotFound` once the batch is deleted: what was read is not the whole."""
     after = -1
     # Pages in transactions of their own: a reader that stays open for hours would let SQLite's WAL grow without bound.
     while rows := store.output_rows(batch.id, kind, after=after, limit=PAGE):
@@ -48,20 +48,20 @@ def count(
     place = split_file_id(stored.id)
     assert place is not None, f"{stored.id} is no file of answers"
     batch_id, kind = place
+    size = 0
     try:
         batch = store.get_batch(batch_id)
+        began = time.perf_counter()
+        for number, page in enumerate(pages(store, batch, kind), 1):
+            size += len(page)
+            if not is_waited_for:
+                # A million lines in one go would keep this process's requests waiting for the interpreter, for half a minute.
+                time.sleep(time.perf_counter() - began)
+            began = time.perf_counter()
+            if stop() or (number % _PAGES_A_CLAIM == 0 and not store.files.go_on_counting(stored.id)):
+                return None
     except NotFound:
         return None
-    size = 0
-    began = time.perf_counter()
-    for number, page in enumerate(pages(store, batch, kind), 1):
-        size += len(page)
-        if not is_waited_for:
-            # A million lines in one go would keep this process's requests waiting for the interpreter, for half a minute.
-            time.sleep(time.perf_counter() - began)
-        began = time.perf_counter()
-        if stop() or (number % _PAGES_A_CLAIM == 0 and not store.files.go_on_counting(stored.id)):
-            return None
     store.files.set_size(stored.id, size)
     log.debug("%s has %d bytes", stored.id, size, extra={"event": "output_counted", "file_id": stored.id, "bytes": size})
     return replace(stored, bytes=size, is_counted=True)

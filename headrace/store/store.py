@@ -345,8 +345,18 @@ class Store:
         self._database.write(work)
 
     def output_rows(self, batch_id: str, kind: OutputKind, *, after: int = -1, limit: int = 500) -> list[OutputRow]:
-        """Return up to `limit` answers ('output') or errors ('errors') with an index above `after`, by index, with their custom_ids."""
-        return self._database.read(lambda connection: outputs.page(connection, batch_id, kind, after=after, limit=limit))
+        """Return up to `limit` answers ('output') or errors ('errors') with an index above `after`, by index, with their custom_ids.
+
+        Raises `NotFound`.
+        """
+
+        def work(connection: Any) -> list[OutputRow]:
+            found = outputs.page(connection, batch_id, kind, after=after, limit=limit)
+            # Afterwards, as in `results`: of a batch that is being deleted rows are missing, and the names of others.
+            batches.get(connection, batch_id)
+            return found
+
+        return self._database.read(work)
 
     # Workers
 
