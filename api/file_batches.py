@@ -6,6 +6,7 @@ The reply is there before the file is read: what its lines hold shows in the bat
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 READERS: Final = 2
 """Files that one process reads at a time: a short one doesn't wait for a long one, and requests are still answered quickly."""
 CLOSE_PATIENCE_S: Final = 10.0
+_FILE_ID: Final = re.compile(r"file-[0-9a-f]{32}")
 
 
 def create_from_file(
@@ -40,6 +42,8 @@ def create_from_file(
     if endpoint != ROWS and "gen_config" in create.model_fields_set:
         raise InvalidRequest(f"gen_config belongs to /v1/batches; for {endpoint} each line's body says how", param="gen_config")
     model, gen_config = choose_model(create.model, settings), create.gen_config
+    if not _FILE_ID.fullmatch(create.input_file_id):  # before PostgreSQL chokes on its characters
+        raise _no_file(create.input_file_id)
     if endpoint != ROWS:
         rules = Rules(endpoint=endpoint, model=model, served=settings.served_models, max_prompt_bytes=settings.max_prompt_bytes)
         named, config = first_config(rules, _first_line(store, create.input_file_id, caller))
@@ -69,7 +73,7 @@ def _first_line(store: Store, file_id: str, caller: Caller) -> bytes:
     try:
         stored = store.files.get(file_id, owner=caller.scope)
     except NotFound as error:
-        raise NotFound(f"There is no file {file_id[:80]!r}; upload it with POST /v1/files", param="input_file_id") from error
+        raise _no_file(file_id) from error
     text = b""
     for part in store.files.stream(stored):
         text = (text + part).lstrip()
@@ -77,6 +81,10 @@ def _first_line(store: Store, file_id: str, caller: Caller) -> bytes:
         if end or len(text) > MAX_LINE_BYTES:
             return line
     return text
+
+
+def _no_file(file_id: str) -> NotFound:
+    return NotFound(f"There is no file {file_id[:80]!r}; upload it with POST /v1/files", param="input_file_id")
 
 
 class Readers:

@@ -109,6 +109,24 @@ def test_each_bad_body_is_refused_by_name(unharmed: httpx.Client) -> None:
         assert first.get("index", problem.get("index")) == index, name
 
 
+def test_each_bad_body_is_refused_by_name_on_postgres_too(
+    settings: Settings, broker: Broker, postgres_server: PostgresServer
+) -> None:
+    """Its texts have no NUL: one in an id is no id, and not our bug."""
+    with (
+        postgres_server.database() as url,
+        Store(url, create=True) as store,
+        LiveApi(settings, store=store, broker=broker) as api,
+        api.http() as http,
+    ):
+        for body, status, code, _, _ in BODIES.values():
+            check_problem(post(http, body), status, code)
+        for endpoint in ("/v1/batches", "/v1/chat/completions"):
+            for file_id in ("\0", "file-" + "0" * 31 + "\0", "x" * 64):
+                check_problem(post(http, {"input_file_id": file_id, "endpoint": endpoint}), 404, "not_found")
+        assert post(http, {"prompts": ["\0"], "metadata": {"\0": "\0"}}).status_code == 202
+
+
 def test_messages_help(http: httpx.Client) -> None:
     assert "echo, org/other" in post(http, {**GOOD, "model": "x"}).json()["detail"]
     assert "max_new_tokens" in post(http, {**GOOD, "gen_config": {"beams": 1}}).json()["detail"]
