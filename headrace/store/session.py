@@ -84,6 +84,7 @@ class Database:
         else:
             self.writer = create_engine(
                 self.url,
+                hide_parameters=True,
                 connect_args=_POSTGRES_ARGS,
                 pool_pre_ping=True,
                 pool_recycle=1800,
@@ -223,7 +224,8 @@ def _checked(text: str) -> URL:
 
 def _sqlite_engine(url: URL, *, begin: str, query_only: bool, pool_size: int | None, foreign_keys: bool = True) -> Engine:
     pool = {"poolclass": NullPool} if pool_size is None else {"pool_size": pool_size, "max_overflow": 30}
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, **pool)
+    # hide_parameters: an error of the database goes into a log, and what it quotes of a statement's values are prompts and answers.
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000}, hide_parameters=True, **pool)
 
     @event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _record: object) -> None:

@@ -316,6 +316,19 @@ def test_our_own_bugs_are_raised_at_once_and_undone(store: Store) -> None:
     assert check(store, batch.id).counts.total == 4
 
 
+def test_an_error_of_the_database_tells_no_prompt(store: Store) -> None:
+    """It goes into a log with its traceback, and SQLAlchemy's own words quote what was to be stored."""
+
+    def insert(connection: Any) -> None:
+        values = {"batch_id": "no such batch", "index": 0, "body": "a prompt nobody else shall see"}
+        connection.execute(text('INSERT INTO prompts (batch_id, "index", body) VALUES (:batch_id, :index, :body)'), values)
+
+    with pytest.raises(exc.IntegrityError) as raised:
+        store._database.write(insert)
+    assert "INSERT INTO prompts" in str(raised.value)
+    assert "nobody else" not in str(raised.value)
+
+
 def test_a_transaction_that_lost_a_deadlock_runs_again(postgres_url: str) -> None:
     with Store(postgres_url, create=True) as store:
         one, two = (submit(store, 1).id for _ in range(2))
