@@ -247,8 +247,12 @@ class Files:
         found = select(files.c.id).where(stale, ~is_read).limit(limit)
 
         def work(connection: Connection, file_id: str) -> int:
-            # One at a time: each of them may be gigabytes.
-            return connection.execute(delete(files).where(files.c.id == file_id, stale, ~is_read)).rowcount
+            # One at a time: each of them may be gigabytes. Held first: whoever makes a batch of it holds it too, and PostgreSQL does
+            # not ask anew whether it is read when a DELETE has waited for them.
+            held = select(files.c.id).where(files.c.id == file_id, stale).with_for_update(skip_locked=True)
+            if connection.execute(held).first() is None:
+                return 0
+            return connection.execute(delete(files).where(files.c.id == file_id, ~is_read)).rowcount
 
         ids = self._database.read(lambda connection: list(connection.execute(found).scalars()))
         return sum(self._database.write(lambda connection, one=file_id: work(connection, one)) for file_id in ids)  # type: ignore[misc]

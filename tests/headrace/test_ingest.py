@@ -8,13 +8,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Connection, select, update
 from store_driver import check, count, execute, take, work_off
 
 from headrace.batch import CHAT, ROWS, TEXT, BatchStatus, Item
@@ -24,9 +25,11 @@ from headrace.errors import Conflict, InvalidRequest, NotFound, QueueFull
 from headrace.ingest import read_next
 from headrace.settings import Settings
 from headrace.store import Store
+from headrace.store import files as file_queries
 from headrace.store import ingest as ingest_queries
-from headrace.store.creation import Order
+from headrace.store.creation import Order, new_batch_id, open_batch
 from headrace.store.ingest import MAX_ATTEMPTS, IngestStatus, Place
+from headrace.store.session import insert_new
 from headrace.store.tables import batches, completions, file_parts, files, ingests, prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,6 +228,32 @@ def test_what_nobody_completes_and_what_expired_is_swept(store: Store) -> None:
     execute(store, update(files).values(created_at=1.0))
     assert store.files.sweep(retention_s=60) == 1
     assert count(store, file_parts) == 0
+
+
+def test_a_file_that_expires_while_a_batch_of_it_comes_in_stays(store: Store) -> None:
+    """Who accepts the batch holds the file; whoever wants to sweep it waits, and must look anew afterwards."""
+    file_id = upload(store, b"\n".join(lines(2)))
+    execute(store, update(files).values(expires_at=1.0))
+    swept: list[int] = []
+    sweeper = threading.Thread(target=lambda: swept.append(store.files.sweep()))
+
+    def accept(connection: Connection) -> str:
+        file_queries.lock(connection, file_id)
+        sweeper.start()
+        time.sleep(0.5)  # the sweeper is at the file now
+        batch_id = new_batch_id()
+        open_batch(connection, batch_id, order(), input_file_id=file_id)
+        connection.execute(
+            insert_new(connection, ingests).values(batch_id=batch_id, file_id=file_id, chunk_size=64, created_at=1.0)
+        )
+        return batch_id
+
+    batch_id = store._database.write(accept)
+    sweeper.join()
+    assert swept == [0]
+    assert read_next(store, SETTINGS) == batch_id
+    assert check(store, batch_id).counts.total == 2
+    assert store.files.sweep() == 1
 
 
 KILLED = """
