@@ -1,4 +1,7 @@
-"""Batches: read, listed, cancelled, expired, deleted. Every function works inside the caller's transaction."""
+"""Batches: read, listed, cancelled, expired, deleted. Every function works inside the caller's transaction.
+
+What is asked every few seconds names `OPEN` or `GONE` in the words of a partial index: batches that are over may be a million.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound
 from headrace.store import outputs
 from headrace.store.lifecycle import DELETING, advance, lock_batch
-from headrace.store.tables import batches, chunks, completions, ingests, now, prompts
+from headrace.store.tables import GONE, OPEN, batches, chunks, completions, ingests, now, prompts
 from headrace.store.values import to_json
 
 STALL_S: Final = 300.0
@@ -107,7 +110,7 @@ def begin_delete(connection: Connection, batch_id: str) -> None:
 
 def find_deleting(connection: Connection) -> list[str]:
     """Return the ids of the batches of which rows may be left: somebody deletes them now, or was killed over it."""
-    return list(connection.execute(select(batches.c.id).where(batches.c.status == DELETING)).scalars())
+    return list(connection.execute(select(batches.c.id).where(GONE)).scalars())
 
 
 def delete_slice(connection: Connection, batch_id: str, *, start: int) -> bool:
@@ -141,7 +144,7 @@ def find_outlived(connection: Connection, *, retention_s: float, limit: int) -> 
 def count_open_prompts(connection: Connection) -> int:
     """Return how many prompts of all batches have neither answer nor error."""
     is_open = batches.c.status.in_([BatchStatus.IN_PROGRESS.value, BatchStatus.CANCELLING.value])
-    query = select(func.sum(batches.c.total - batches.c.completed - batches.c.failed)).where(is_open)
+    query = select(func.sum(batches.c.total - batches.c.completed - batches.c.failed)).where(OPEN, is_open)
     return int(connection.execute(query).scalar() or 0)
 
 
@@ -165,7 +168,7 @@ def failed_prompts(connection: Connection, batch_id: str, *, after: int, limit: 
 
 
 _IS_DUE: Final = and_(
-    batches.c.status == BatchStatus.IN_PROGRESS.value, batches.c.expires_at <= now(), batches.c.expiring_at.is_(None)
+    OPEN, batches.c.status == BatchStatus.IN_PROGRESS.value, batches.c.expires_at <= now(), batches.c.expiring_at.is_(None)
 )
 
 
@@ -185,14 +188,14 @@ def find_stopping(connection: Connection) -> list[str]:
         batches.c.status == BatchStatus.CANCELLING,
         and_(batches.c.status == BatchStatus.IN_PROGRESS, batches.c.expiring_at.is_not(None)),
     )
-    return list(connection.execute(select(batches.c.id).where(stopping)).scalars())
+    return list(connection.execute(select(batches.c.id).where(OPEN, stopping)).scalars())
 
 
 def give_up_stalled(connection: Connection) -> int:
     """End batches whose sender went away while its prompts were being stored; return how many."""
     stalled = (
         select(batches.c.id)
-        .where(batches.c.status.in_([BatchStatus.VALIDATING.value, BatchStatus.CANCELLING.value]))
+        .where(OPEN, batches.c.status.in_([BatchStatus.VALIDATING.value, BatchStatus.CANCELLING.value]))
         .where(batches.c.total == 0, batches.c.updated_at < now() - STALL_S)
         # Those that are read from a file have no sender that could go away.
         .where(~exists().where(ingests.c.batch_id == batches.c.id))

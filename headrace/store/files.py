@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, false, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, exists, insert, or_, select, tuple_, update
 
 from headrace.errors import Conflict, NotFound
 from headrace.store.outputs import COUNTED, COUNTING, PURPOSE
 from headrace.store.session import Database
-from headrace.store.tables import file_parts, files, ingests, now
+from headrace.store.tables import ARRIVING, EXPIRES, file_parts, files, ingests, now
 
 PART_BYTES: Final = 1 << 20
 """Largest part: what is in memory of a file at one time."""
@@ -238,21 +238,29 @@ class Files:
 
         A file that a batch is being read from is left for later.
         """
-        outlived = false() if retention_s is None else files.c.created_at < now() - retention_s
-        stale = or_(
-            and_(files.c.state == UPLOADING, files.c.updated_at < now() - STALL_S),
-            and_(files.c.state == PROCESSED, or_(files.c.expires_at <= now(), outlived)),
-        )
+        # One query for each, so that each has its index: the files of batches that are over may be a million.
+        reasons = [
+            and_(ARRIVING, files.c.updated_at < now() - STALL_S),
+            and_(EXPIRES, files.c.state == PROCESSED, files.c.expires_at <= now()),
+        ]
+        if retention_s is not None:
+            reasons.append(and_(files.c.state == PROCESSED, files.c.created_at < now() - retention_s))
         is_read = exists().where(ingests.c.file_id == files.c.id)
-        found = select(files.c.id).where(stale, ~is_read).limit(limit)
+
+        def find(connection: Connection) -> list[str]:
+            found: list[str] = []
+            for reason in reasons:
+                query = select(files.c.id).where(reason, ~is_read).limit(limit)
+                found.extend(connection.execute(query).scalars())
+            return found[:limit]
 
         def work(connection: Connection, file_id: str) -> int:
             # One at a time: each of them may be gigabytes. Held first: whoever makes a batch of it holds it too, and PostgreSQL does
             # not ask anew whether it is read when a DELETE has waited for them.
-            held = select(files.c.id).where(files.c.id == file_id, stale).with_for_update(skip_locked=True)
+            held = select(files.c.id).where(files.c.id == file_id, or_(*reasons)).with_for_update(skip_locked=True)
             if connection.execute(held).first() is None:
                 return 0
             return connection.execute(delete(files).where(files.c.id == file_id, ~is_read)).rowcount
 
-        ids = self._database.read(lambda connection: list(connection.execute(found).scalars()))
+        ids = dict.fromkeys(self._database.read(find))
         return sum(self._database.write(lambda connection, one=file_id: work(connection, one)) for file_id in ids)  # type: ignore[misc]

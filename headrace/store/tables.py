@@ -114,7 +114,9 @@ batches = Table(
 OPEN = text("status IN ('validating', 'in_progress', 'cancelling')")
 # Literals, and used as they stand by the queries that need these indexes: SQLite takes a partial index for its own words only.
 RUNNING = text("status = 'in_progress'")
+GONE = text("status = 'deleting'")
 Index("ix_batches_open", batches.c.expires_at, sqlite_where=OPEN, postgresql_where=OPEN)
+Index("ix_batches_gone", batches.c.id, sqlite_where=GONE, postgresql_where=GONE)
 Index("ix_batches_owner_created_at_id", batches.c.owner, batches.c.created_at, batches.c.id)
 Index(
     "ix_batches_turn",
@@ -265,6 +267,10 @@ files = Table(
 )
 COUNTING = text("state = 'counting'")
 Index("ix_files_counting", files.c.updated_at, sqlite_where=COUNTING, postgresql_where=COUNTING)
+ARRIVING = text("state = 'uploading'")
+Index("ix_files_arriving", files.c.updated_at, sqlite_where=ARRIVING, postgresql_where=ARRIVING)
+EXPIRES = text("expires_at IS NOT NULL")
+Index("ix_files_expires_at", files.c.expires_at, sqlite_where=EXPIRES, postgresql_where=EXPIRES)
 
 file_parts = Table(
     "file_parts",

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Connection, event, select, text, update
 from store_driver import check, execute, send, submit, take, work_off
 
+from headrace.batch import CHAT
 from headrace.store import Store
 from headrace.store.tables import api_keys, batches, chunks, lanes, now
 from headrace.store.turns import GRACE_OF, forget_idle
@@ -163,14 +164,16 @@ def test_lanes_are_forgotten_when_nobody_waits_in_them(store: Store) -> None:
 def plans(store: Store, work: Any) -> dict[str, list[str]]:
     """Run `work` and return the plan of each statement in it, as if the tables were too large to be read whole."""
     statements: dict[str, Any] = {}
-    engine = store._database.writer
+    engines = {store._database.writer, store._database.reader} if store._database.is_sqlite else {store._database.writer}
 
     def note(_c: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, executemany: bool) -> None:
         statements.setdefault(statement, parameters[0] if executemany else parameters)
 
-    event.listen(engine, "before_cursor_execute", note)
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", note)
     work()
-    event.remove(engine, "before_cursor_execute", note)
+    for engine in engines:
+        event.remove(engine, "before_cursor_execute", note)
     is_sqlite = store._database.is_sqlite
 
     def explain(connection: Connection) -> dict[str, list[str]]:
@@ -201,3 +204,26 @@ def test_no_query_of_a_dispatch_reads_a_whole_table(store: Store) -> None:
     unsent = [plan for statement, plan in found.items() if "FROM chunks" in statement and "sent_at IS NULL" in statement]
     assert unsent
     assert all("TEMP B-TREE" not in line for plan in unsent for line in plan)
+
+
+def test_no_query_of_a_sweep_reads_what_is_over(store: Store) -> None:
+    """Every worker sweeps every few seconds; batches that are over stay for as long as their owner likes."""
+    first = submit(store, 4, endpoint=CHAT)
+    work_off(store, take(store))
+    store.delete_batch(first.id)
+
+    def sweep() -> None:
+        store.expire_batches()
+        store.delete_outlived(retention_s=60.0)
+        store.files.sweep(retention_s=60.0)
+        store.files.claim_counting()
+        store.count_open_prompts()
+
+    found = plans(store, sweep)
+    assert len(found) >= 10
+    narrow = ("ix_batches_open", "ix_batches_gone", "ix_batches_created_at_id", "ix_files_arriving", "ix_files_expires_at",
+              "ix_files_counting", "ix_files_created_at_id")  # fmt: skip
+    scans = ("SCAN batches", "SCAN files", "Seq Scan on batches", "Seq Scan on files")
+    for statement, plan in found.items():
+        lines = [line for line in plan if any(scan in line for scan in scans)]
+        assert not [line for line in lines if not any(index in line for index in narrow)], (statement, plan)
