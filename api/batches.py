@@ -17,10 +17,9 @@ from api import examples
 from api.auth import CallerDep, check_owner
 from api.file_batches import create_from_file
 from api.intake import choose_model, parse_create
-from api.problems import StillBeingStored
 from api.services import Services, ServicesDep
 from headrace.batch import Batch, BatchStatus
-from headrace.errors import Conflict, InvalidRequest, NotFound
+from headrace.errors import InvalidRequest, NotFound
 from headrace.schemas import BatchOut, BatchPage
 from headrace.screening import screen
 
@@ -117,22 +116,19 @@ def create_batch(
         return _accepted(services, batch, status_code=200)
     assert create.prompts is not None, "parse_create wants one of the two"
     model = choose_model(create.model, settings)
-    try:
-        batch = services.store.create_batch(
-            screen(create.prompts, max_bytes=settings.max_prompt_bytes),
-            create.gen_config,
-            model=model,
-            chunk_size=settings.chunk_size,
-            metadata=create.metadata,
-            priority=create.priority,
-            completion_window=create.completion_window,
-            idempotency_key=key,
-            max_open_prompts=settings.max_open_prompts,
-            owner=caller.owner,
-            reserved=len(create.prompts),
-        )
-    except Conflict as error:
-        raise StillBeingStored(error.message) from error
+    batch = services.store.create_batch(
+        screen(create.prompts, max_bytes=settings.max_prompt_bytes),
+        create.gen_config,
+        model=model,
+        chunk_size=settings.chunk_size,
+        metadata=create.metadata,
+        priority=create.priority,
+        completion_window=create.completion_window,
+        idempotency_key=key,
+        max_open_prompts=settings.max_open_prompts,
+        owner=caller.owner,
+        reserved=len(create.prompts),
+    )
     return _accepted(services, batch)
 
 
@@ -226,6 +222,7 @@ def retry_batch(batch_id: BatchId, services: ServicesDep, idempotency_key: Idemp
     long) are left out. 409 when the batch is not over, or nothing of it can be retried.
     """
     settings = services.settings
+    choose_model(services.store.get_batch(batch_id).model, settings)  # it may be served no more
     services.check_room()
     batch = services.store.retry_batch(
         batch_id,

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from headrace.errors import Conflict, HeadraceError, InvalidRequest, NotFound
+from headrace.errors import HeadraceError, InvalidRequest, NotFound, NotStored
 from headrace.schemas import FieldError, Problem
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,6 @@ class InvalidBody(InvalidRequest):
         message = f"{place}: {first.message}" if place else first.message
         super().__init__(message + (f" (and {count - 1} more)" if count > 1 else ""), param=first.field, index=first.index)
         self.errors = tuple(errors)
-
-
-class StillBeingStored(Conflict):
-    """The first request with this Idempotency-Key is still being stored; send this one again in a moment."""
 
 
 def problem_of(error: HeadraceError, *, request_id: str | None = None, instance: str | None = None) -> Problem:
@@ -118,7 +114,7 @@ async def _on_headrace_error(request: Request, error: Exception) -> Response:
         headers["connection"] = "close"
     if error.status == HTTPStatus.CONFLICT:
         # OpenAI's client sends a 409 again unless it is told not to; a batch that is over stays over.
-        headers["x-should-retry"] = "true" if isinstance(error, StillBeingStored) else "false"
+        headers["x-should-retry"] = "true" if isinstance(error, NotStored) else "false"
     if error.status >= SERVER_FAULT:
         log.warning(
             "request failed; the caller was told to try again: %s",

@@ -8,6 +8,7 @@
     ├── NotFound                      404 not_found
     │   └── ModelNotFound             404 model_not_found
     ├── Conflict                      409 conflict
+    │   └── NotStored                 409 conflict               an equal request is being stored; the same one will do in a moment
     ├── PayloadTooLarge               413 payload_too_large
     │   └── HeadersTooLarge           431 headers_too_large
     ├── QueueFull                     429 queue_full
@@ -91,6 +92,10 @@ class Conflict(HeadraceError):
 
     code = "conflict"
     status = 409
+
+
+class NotStored(Conflict):
+    """The batch could not be stored just now; send the same request again in a moment."""
 
 
 class PayloadTooLarge(HeadraceError):

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from headrace.batch import BatchStatus, Item
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig, Prompt
-from headrace.errors import Conflict, HeadraceError, InvalidRequest
+from headrace.errors import HeadraceError, InvalidRequest, NotStored
 from headrace.settings import MAX_CHUNK_SIZE
 from headrace.store.admission import admit
 from headrace.store.lifecycle import advance, lock_batch, settle
@@ -152,7 +152,7 @@ def new_batch_id() -> str:
 def create(database: Database, items: Iterable[Prompt | CompletionError | Item], order: Order) -> str:
     """Store a batch and return its id; of two calls with one idempotency key and the same content the second stores nothing.
 
-    Raises `InvalidRequest` (no prompts; the key was used with another content), `Conflict` (the key's first request is still being
+    Raises `InvalidRequest` (no prompts; the key was used with another content), `NotStored` (the key's first request is still being
     stored), `QueueFull`, `QuotaExceeded`, `StorageFull`, `StoreUnavailable`, and whatever `items` raises; nothing stays behind then.
     """
     batch_id = new_batch_id()
@@ -212,7 +212,7 @@ def open_batch(connection: Connection, batch_id: str, order: Order, **columns: A
 
 def _same_as(existing: Row[Any], intake: _Intake, items: Iterable[Prompt | CompletionError | Item]) -> str:
     if existing.content_hash is None:
-        raise Conflict("the first request with this idempotency key is still being stored; send it again in a moment")
+        raise NotStored("the first request with this idempotency key is still being stored; send it again in a moment")
     for _ in intake.slices(items):
         pass
     if intake.digest.hexdigest() != existing.content_hash:
@@ -225,7 +225,7 @@ def _store(connection: Connection, batch_id: str, rows: list[Entry]) -> None:
         update(batches).where(batches.c.id == batch_id, batches.c.status.in_(_OPEN_TO_PROMPTS)).values(updated_at=now())
     )
     if touched.rowcount == 0:
-        raise Conflict("the batch was given up because no prompt arrived for too long; send it again")
+        raise NotStored("the batch was given up because no prompt arrived for too long; send it again")
     store_entries(connection, batch_id, rows)
 
 
@@ -261,7 +261,7 @@ def _seal(connection: Connection, batch_id: str, intake: _Intake) -> None:
     if row is None or row.status not in _OPEN_TO_PROMPTS:
         if row is not None and row.total > 0:
             return
-        raise Conflict("the batch was given up because no prompt arrived for too long; send it again")
+        raise NotStored("the batch was given up because no prompt arrived for too long; send it again")
     if row.total > 0:
         return
     seal(connection, row, total=intake.total, chunk_size=intake.order.chunk_size, refused=intake.refused)

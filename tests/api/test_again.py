@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import httpx
@@ -10,6 +11,7 @@ from live_api import LiveApi, work
 
 from headrace.broker import Broker
 from headrace.client import Client
+from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound, QueueFull
 from headrace.settings import Settings
 from headrace.store import Store
@@ -44,6 +46,32 @@ def test_a_retry_is_a_submission_like_any_other(http: httpx.Client, store: Store
     assert response.json()["headrace"]["queue"] == "sent"
     refused = http.post(f"/v1/batches/{response.json()['id']}/retry")
     assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "false")
+
+
+def test_a_retry_for_a_model_that_is_served_no_more_is_refused(settings: Settings, store: Store, broker: Broker) -> None:
+    """As a submission is: nobody would ever answer it."""
+    batch_id = store.create_batch(["a"], GenerationConfig(), model="yesterday's").id
+    store.cancel_batch(batch_id)
+    with LiveApi(settings, store=store, broker=broker) as api, api.http() as http:
+        refused = http.post(f"/v1/batches/{batch_id}/retry")
+        assert (refused.status_code, refused.json()["code"]) == (404, "model_not_found")
+        assert [batch["id"] for batch in http.get("/v1/batches").json()["data"]] == [batch_id]
+
+
+def test_a_retry_whose_first_sending_is_still_being_stored_is_sent_again(http: httpx.Client, store: Store) -> None:
+    """As a submission is: its reply may have been lost while it goes on. That a batch is not over is another conflict."""
+    batch_id = http.post("/v1/batches", json={"prompts": ["a", "b"]}).json()["id"]
+    http.post(f"/v1/batches/{batch_id}/cancel")
+    key = {"idempotency-key": "again"}
+
+    def sent_twice() -> Iterator[str]:
+        yield "a"
+        refused = http.post(f"/v1/batches/{batch_id}/retry", headers=key)
+        assert (refused.status_code, refused.headers["x-should-retry"]) == (409, "true")
+        assert "again in a moment" in refused.json()["detail"]
+        yield "b"
+
+    store.create_batch(sent_twice(), GenerationConfig(), model="echo", idempotency_key="again")
 
 
 def test_a_server_with_enough_to_do_says_when_to_come_again(settings: Settings, store: Store, broker: Broker) -> None:
