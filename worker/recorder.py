@@ -172,6 +172,16 @@ class Recorder:
         """Completions that are not in SQL yet."""
         return len(self._rows) + len(self._in_hand)
 
+    def write_now(self, *, timeout_s: float) -> bool:
+        """Write the rows that wait now, not when they are due; False where some still wait after `timeout_s`."""
+        with self.changed:
+            if not (waiting := self._rows or self._in_hand):
+                return True
+            last = waiting[-1].number
+            self._is_urgent = True
+            self.changed.notify_all()
+            return self.changed.wait_for(lambda: self._settled >= last, timeout_s)
+
     def save_waiting(self, *, age_s: float) -> None:
         """When a row has waited for `age_s` seconds, put all that wait and are not there yet on disk. Raise `SpoolFull`."""
         with self._saving:
@@ -240,6 +250,8 @@ class Recorder:
                 self._in_hand = []
                 self._settled = rows[-1].number
                 self._clear_spool()
+            with self.changed:
+                self.changed.notify_all()
 
     def _next_rows(self) -> list[Row]:
         """Wait for the next transaction's rows. Empty: closed, and nothing is left."""

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 5.0
 SPOOL_EVERY_S: Final = 1.0
+WRITE_PATIENCE_S: Final = 1.0
+"""How long the lease keeper waits for the database to take the rows that are there, a lease's eighth at most."""
 CLOSE_PATIENCE_S: Final = 10.0
 """How long a closing worker waits for the database to take its last rows."""
 
@@ -154,6 +156,9 @@ class Runtime:
         self.check_engine()
         if self.has_lost_engine:
             return
+        if not self.outage.is_on:
+            # A renewal closes the chunk of a cancelled batch: what is answered of it comes first.
+            self.recorder.write_now(timeout_s=min(self.settings.lease_s / 8, WRITE_PATIENCE_S))
         open_ledgers = {ledger.claim: ledger for ledger in self.recorder.ledgers() if ledger.verdict is None}
         held = self.store.renew(list(open_ledgers), self.settings.lease_s) if open_ledgers else set()
         for claim, ledger in open_ledgers.items():

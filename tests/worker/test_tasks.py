@@ -193,6 +193,27 @@ def test_cancelling_stops_the_engine(make_runtime: Callable[..., Runtime], store
     assert {row.error.code for row in store.results(batch_id)} == {"batch_cancelled"}
 
 
+def test_cancelling_keeps_what_the_engine_has_answered(
+    make_runtime: Callable[..., Runtime], store: Store, engine: EchoFrontend
+) -> None:
+    """Also what waits for its transaction when the worker hears of the cancel."""
+    runtime = make_runtime(engine, flush_interval_s=60.0)
+    batch_id, [message] = sent(store, [f"p{i}" for i in range(4)])
+    engine.hold()
+    chunk = Started(runtime, message)
+    wait_for(lambda: len(engine.seen) == 4, timeout_s=5, what="all submitted")
+    [ledger] = runtime.recorder.ledgers()
+    for index in (0, 2):
+        ledger.add(answer(f"p{index}", index=index))
+    store.cancel_batch(batch_id)
+    runtime.keep_leases()
+    chunk.join()
+    assert store.get_batch(batch_id).status is BatchStatus.CANCELLED
+    assert [row.error and row.error.code for row in store.results(batch_id)] == [
+        None, "batch_cancelled", None, "batch_cancelled",
+    ]  # fmt: skip
+
+
 def test_leases_are_renewed_while_the_engine_works(make_runtime, store: Store, engine: EchoFrontend) -> None:
     runtime = make_runtime(engine, lease_s=1.0)
     _, [message] = sent(store, ["a"])
