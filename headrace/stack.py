@@ -131,6 +131,8 @@ class Stack:
 
     def __init__(self, options: StackOptions) -> None:
         """Choose ports and URLs; nothing is started or written."""
+        from headrace.store.session import absolute_url
+
         self.options = options
         state = options.state_dir.absolute()
         self._state_dir = state
@@ -143,16 +145,18 @@ class Stack:
         reachable = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host  # noqa: S104  # compared, not bound
         self.urls = StackUrls(
             api=f"http://{reachable}:{self._api_port}",
-            database=f"sqlite:///{state}/headrace.db" if options.embedded_database else given.database_url,
+            database=f"sqlite:///{state}/headrace.db" if options.embedded_database else absolute_url(given.database_url),
             redis=f"redis://:{self._redis_password}@127.0.0.1:{self._redis_port}/0"
             if options.embedded_redis
             else given.redis_url,
             flower=f"http://127.0.0.1:{self._flower_port}" if options.flower else None,
         )
         model = given.model if not Path(given.model).is_dir() else str(Path(given.model).resolve())
-        spool = state / "spool" if given.spool_dir == Settings().spool_dir else given.spool_dir
+        # Absolute, as the URL and the model are: the children run in the checkout.
+        spool = state / "spool" if given.spool_dir == Settings().spool_dir else given.spool_dir.absolute()
+        home = given.home.expanduser().absolute()
         self.settings = dataclasses.replace(
-            given, database_url=self.urls.database, redis_url=self.urls.redis, model=model, spool_dir=spool
+            given, database_url=self.urls.database, redis_url=self.urls.redis, model=model, spool_dir=spool, home=home
         )
         self._children: list[Child] = []
         # Set by start(), cleared by stop().

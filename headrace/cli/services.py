@@ -58,6 +58,7 @@ def environ_of(settings: Settings) -> dict[str, str]:
         "HEADRACE_HOME": str(settings.home.absolute()),
         "HEADRACE_MODEL": str(model.resolve()) if model.is_dir() else settings.model,
         "HEADRACE_DATABASE_URL": absolute_url(settings.database_url),
+        "HEADRACE_SPOOL_DIR": str(settings.spool_dir.absolute()),
     }
 
 

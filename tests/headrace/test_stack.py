@@ -24,6 +24,7 @@ import pytest
 from servers import wait_until
 
 from headrace import stack
+from headrace.cli.services import environ_of
 from headrace.errors import Conflict
 from headrace.process import Child, ChildSpec, StackError, birth, tail
 from headrace.settings import Settings
@@ -60,6 +61,22 @@ def up(state: Path, model: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
 
 def worker_pids(state: Path) -> dict[str, int]:
     return {child["name"]: child["pid"] for child in read_urls(state)["children"]}
+
+
+def test_paths_mean_what_they_do_where_the_command_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The services run in the checkout, whatever folder `headrace` was called in."""
+    monkeypatch.chdir(tmp_path)
+    given = Settings(database_url="sqlite:///some/batches.db", spool_dir=Path("answers"), home=Path("cache"))
+    stack = Stack(StackOptions(settings=given, state_dir=Path("state"), embedded_database=False))
+    expected = {
+        "HEADRACE_DATABASE_URL": f"sqlite+pysqlite:///{tmp_path}/some/batches.db",
+        "HEADRACE_SPOOL_DIR": str(tmp_path / "answers"),
+        "HEADRACE_HOME": str(tmp_path / "cache"),
+    }
+    assert {name: stack.settings.to_environ()[name] for name in expected} == expected
+    assert {name: environ_of(given)[name] for name in expected} == expected
+    with_own_database = Stack(StackOptions(settings=Settings(), state_dir=Path("state")))
+    assert with_own_database.settings.spool_dir == tmp_path / "state" / "spool"
 
 
 def what_the_readme_shows_works(url: str) -> None:
