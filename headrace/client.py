@@ -59,7 +59,12 @@ class Client:
             headers[b"authorization"] = f"Bearer {api_key}".encode()
         root = base_url.rstrip("/").removesuffix("/v1")
         limits = httpx.Timeout(timeout, connect=min(timeout, 5.0))
-        self._http = httpx.Client(base_url=root, headers=headers, timeout=limits, transport=transport)
+        try:
+            self._http = httpx.Client(base_url=root, headers=headers, timeout=limits, transport=transport)
+        except httpx.InvalidURL as error:
+            raise InvalidRequest(
+                f"base_url={base_url!r} is no URL such as http://127.0.0.1:8000: {error}", param="base_url"
+            ) from None
         self._max_retries = max_retries
 
     def __enter__(self) -> Self:

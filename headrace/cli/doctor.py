@@ -210,15 +210,25 @@ def _spool() -> Finding:
 
 
 def _server(url: str) -> Finding:
+    import http.client
     import urllib.error
     import urllib.request
 
+    url = url.removesuffix("/v1")
     try:
         with urllib.request.urlopen(f"{url}/readyz", timeout=3) as reply:  # noqa: S310  # the operator's own URL
-            health = json.load(reply)
+            text = reply.read()
     except urllib.error.HTTPError as error:
-        health = json.load(error)
-    except (OSError, ValueError):
+        text = error.read()
+    except (OSError, ValueError, http.client.HTTPException):
         return Finding("API", "note", f"nothing answers at {url}; start it: headrace up")
-    failed = [f"{check['name']}: {check['detail']}" for check in health.get("checks", []) if not check["ok"]]
-    return Finding("API", "note" if failed else "ok", f"{url} " + ("; ".join(failed) or "is ready"))
+    try:
+        health = json.loads(text)
+        checks = {check["name"]: (check["ok"], check["detail"]) for check in health["checks"]}
+        is_ready = health["status"] == "ready"
+    except (ValueError, LookupError, TypeError):
+        return Finding(
+            "API", "note", f"what answers at {url} is no headrace; name its API with --url, or start one: headrace up"
+        )
+    failed = [f"{name}: {detail}" for name, (ok, detail) in checks.items() if not ok]
+    return Finding("API", "ok" if is_ready else "note", f"{url} " + ("; ".join(failed) or "is ready"))

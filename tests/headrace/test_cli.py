@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from servers import free_port
 from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.cli import console, main, parser
 from headrace.cli.batches import exit_code, refuse_bad_rows, write_results
+from headrace.cli.doctor import _server as find_server
 from headrace.cli.options import read_object, server_url
 from headrace.cli.up import hide_password
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
@@ -247,6 +250,26 @@ def test_doctor_names_what_is_missing(
     text = capsys.readouterr().out
     missing = [line.split()[1] for line in text.splitlines() if line.startswith("MISSING")]
     assert missing == ["model", "Redis", "database"]
+
+
+@pytest.mark.parametrize(("status", "body"), [(404, "<html>"), (200, "[1]"), (404, '{"detail": "no"}'), (200, "{}"), (500, "")])
+def test_doctor_tells_our_api_from_another_server(status: int, body: str) -> None:
+    """Something else may listen on the port, or the URL may have a path too many."""
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        found = find_server(f"http://127.0.0.1:{server.server_port}")
+    assert found.state == "note"
+    assert "no headrace" in found.detail
 
 
 def test_doctor_shows_a_spool_that_is_not_empty(

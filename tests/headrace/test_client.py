@@ -255,6 +255,11 @@ def test_following_a_running_batch_yields_all_of_it_in_order(client: Client, sto
     assert rows == store.results(batch.id)
 
 
+def test_a_base_url_that_is_none_is_named() -> None:
+    with pytest.raises(InvalidRequest, match="base_url"):
+        Client("http://[::1")
+
+
 def test_no_server_is_said_with_what_to_do() -> None:
     with Client(f"http://127.0.0.1:{free_port()}", max_retries=0) as client:
         for call in (client.models, lambda: client.submit(["a"]), lambda: list(client.results("batch_x"))):
