@@ -23,8 +23,12 @@ class Traits(NamedTuple):
     qk_norm: bool = False
     """RMS norm over each head of q and k, before the rotation."""
     window: Literal["never", "always", "layer_types"] = "never"
-    """Whether `sliding_window` is honoured: by all layers, or by those that the config's layer types name."""
+    """Whether `sliding_window` is honoured: "always" by all layers unless the config's layer types name some, "layer_types" where
+    `use_sliding_window` says so."""
 
+
+_WINDOW, _FULL_LAYERS = 4096, 28
+"""`sliding_window` and `max_window_layers` of a config that doesn't say them, as transformers reads it: null is none, missing is this."""
 
 ARCHITECTURES: dict[str, Traits] = {
     "LlamaForCausalLM": Traits(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),  # SmolLM2 too
@@ -154,16 +158,14 @@ def _flag(config: Mapping[str, Any], trait: bool | str) -> bool:  # noqa: FBT001
 
 
 def _windows(config: Mapping[str, Any], traits: Traits, layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", _WINDOW)
     if traits.window == "never" or not window:
         return (None,) * layers
-    if traits.window == "always":
-        return (int(window),) * layers
-    if not config.get("use_sliding_window", False):
+    if traits.window == "layer_types" and not config.get("use_sliding_window", False):
         return (None,) * layers
-    types = config.get("layer_types")
+    types = config.get("layer_types")  # of a mistral too: transformers then takes it for a ministral
     if types is None:  # configs from before transformers 4.53 say it by a layer count
-        first = config.get("max_window_layers", layers)
+        first = 0 if traits.window == "always" else config.get("max_window_layers", _FULL_LAYERS)
         types = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
     return tuple(int(window) if kind == "sliding_attention" else None for kind in types)
 

@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-rope-yarn": ("llama", {"rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 24}),
+    "mistral-layer-types": ("mistral", {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"]}),
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
@@ -174,6 +175,21 @@ def test_old_and_new_rope_fields_mean_the_same() -> None:
     )
     new = ModelSpec.read({**base, "rope_parameters": LLAMA3})
     assert old == new == older
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [("mistral", {}), ("qwen2", {}), ("qwen2", {"use_sliding_window": True}), ("qwen3", {"use_sliding_window": True})],
+)
+def test_windows_that_a_config_does_not_say_are_those_of_transformers(architecture: str, said: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 40}
+    theirs = AutoConfig.for_model(architecture, **sizes, **said)
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 40
+    ours = ModelSpec.read({"architectures": [f"{architecture.capitalize()}ForCausalLM"], **sizes, **said})
+    assert ours.windows == tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in types)
+    assert any(ours.windows) == (architecture == "mistral" or bool(said))
 
 
 @pytest.mark.parametrize(("tp", "ok"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
