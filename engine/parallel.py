@@ -5,6 +5,7 @@ Tensors go through torch.distributed: gloo on a CPU, NCCL on GPUs. Knows nothing
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
@@ -82,8 +83,18 @@ class Rendezvous:
 
     def __init__(self) -> None:
         """Listen on the loopback device."""
+        # Left to itself the store listens on every interface of the host, and it asks nobody for a password.
+        listener = socket.create_server((_LOOPBACK, 0))
+        port = listener.getsockname()[1]
         # Rank 0 doesn't wait for the others here: their processes are started with the address that this makes known.
-        self.store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=_JOIN_TIMEOUT)
+        self.store = TCPStore(
+            _LOOPBACK,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_JOIN_TIMEOUT,
+            master_listen_fd=listener.detach(),  # the store closes it
+        )
 
     @property
     def address(self) -> str:

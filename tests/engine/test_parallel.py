@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from engine_driver import run
 from plan_driver import generate, options_for, request
@@ -112,6 +113,15 @@ def test_a_lost_rank_is_an_error_at_once(tmp_path: Path) -> None:
             executor.launch(StepPlan(step=9, admitted=(), rows=(PlanRow(0, 3, 1, True, 2, ()),)))
         assert time.monotonic() - began < 5
         executor.close()
+
+
+@pytest.mark.enable_socket
+def test_ranks_meet_where_no_other_machine_comes() -> None:
+    """The store asks for no password: whoever reaches it could tell the ranks whose plans to run."""
+    rendezvous = Rendezvous()
+    port = int(rendezvous.address.rpartition(":")[2])
+    listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert [place.ip for place in listening if place.port == port] == ["127.0.0.1"]
 
 
 def test_a_plan_survives_the_wire() -> None:
