@@ -1,7 +1,8 @@
 """The main program of an engine process: `python -m engine.rank`, started by `engine.supervisor`, spoken to over its pipes.
 
 Rank 0 runs the engine; the other ranks of a tensor-parallel group run the plans that rank 0 sends them. A process that has lost
-its parent ends at once: the end of file on its command pipe says so. This module doesn't know prompts or texts.
+its parent ends at once: the end of file on its command pipe says so, or, within a second, another parent's id. This module doesn't
+know prompts or texts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import logging
 import os
 import queue
+import select
 import signal
 import sys
 import threading
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
+_PARENT_S = 1.0
+"""How often a process that hears nothing looks whether its parent is still the same."""
 _TIDY_S = 20.0
 """How often an idle engine collects garbage. The interpreter itself does so for old objects once in a hundred thousand requests, and until
 then its free lists grow, by megabytes."""
@@ -59,6 +63,7 @@ class ParentPipe:
 
         A library that prints would otherwise tear the frames.
         """
+        self._parent = os.getppid()
         self._in, self._out = os.dup(0), os.dup(1)
         nowhere = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nowhere, 0)
@@ -88,7 +93,7 @@ class ParentPipe:
     def _read(self) -> None:
         try:
             frames = FrameReader()
-            while (messages := frames.read(self._in)) is not None:
+            while self._has_news() and (messages := frames.read(self._in)) is not None:
                 for message in messages:
                     self._inbox.put(message)
         except Exception:
@@ -97,6 +102,18 @@ class ParentPipe:
             sys.stderr.flush()
             os._exit(1)
         _leave()
+
+    def _has_news(self) -> bool:
+        """Wait until there is something to read, the end of the file included; false when the parent is another one.
+
+        What the parent forked and didn't exec (`multiprocessing` does) holds the pipe open, and the file has no end while that lives.
+        """
+        news = select.poll()
+        news.register(self._in, select.POLLIN)
+        while not news.poll(1e3 * _PARENT_S):
+            if os.getppid() != self._parent:
+                return False
+        return True
 
 
 def _leave() -> NoReturn:

@@ -304,11 +304,39 @@ def test_engine_dies_with_its_parent(tiny_model_dir: Path) -> None:
         assert psutil.pid_exists(pid)
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 2
-        while psutil.pid_exists(pid) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        gone = not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        gone = ends(pid, within_s=2)
     assert gone
+
+
+def ends(pid: int, *, within_s: float) -> bool:
+    """Wait for the end of a process that is nobody's child here; who adopted it may not ask how it ended."""
+    deadline = time.monotonic() + within_s
+    while alive := psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return not alive
+
+
+def test_engine_dies_with_its_parent_though_a_fork_of_the_parent_lives_on() -> None:
+    """What `multiprocessing` forks holds the pipe of commands open: its end of file never comes."""
+    script = (
+        "import os, time; from engine.rank_process import RankProcess\n"
+        f"process = RankProcess(0, {COMMAND!r})\n"
+        "child = os.fork()\n"
+        "print(process.pid, child, flush=True) if child else None; time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid, fork = map(int, parent.stdout.readline().split())
+        try:
+            time.sleep(1)  # it knows its parent
+            parent.kill()
+            parent.wait()
+            assert ends(pid, within_s=5)
+            assert psutil.pid_exists(fork)
+        finally:
+            os.kill(fork, signal.SIGKILL)
 
 
 def test_an_engine_is_closed_in_a_process_with_many_files(make: Make) -> None:
