@@ -26,7 +26,7 @@ from engine.answers import ChoiceBuilder, Delta, Item, make_builders, simplest_i
 from engine.model_info import ModelInfo
 from engine.options import EngineOptions, resolve
 from engine.preparation import Preparer
-from engine.protocol import Abort, AskReport, Ready, Report, Submit
+from engine.protocol import Abort, AskReport, Ready, Report, submissions
 from engine.quarantine import Quarantine
 from engine.request import TokenOutput
 from engine.supervisor import EngineEvent, Limits, Supervisor
@@ -306,8 +306,8 @@ class Frontend:
                 if builder.result is None:
                     self._live[request.request_id] = _Live(item, builder)
                     requests.append(replace(request, stream=True) if hurries else request)
-        if requests:
-            self._supervisor.send(Submit(tuple(requests)))
+        for message in submissions(requests):
+            self._supervisor.send(message)
 
     def _take(self, live: _Live, output: TokenOutput) -> None:
         item, builder = live

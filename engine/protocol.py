@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from headrace.completion import CompletionError, TokenLogprobs
 
 _HEAD = 4
 _MOST = 1 << 30  # a longer frame is a torn stream, not a message
+_MOST_TOKENS = 1 << 22  # of the prompts of one message, unless one prompt has more: up to 11 bytes each
 _READ_SIZE = 1 << 18
 
 
@@ -115,6 +116,23 @@ Message = Start | Submit | Abort | AskReport | Close | Meeting | Ready | Failed 
 _TYPES: dict[str, Any] = {
     cls.__name__: cls for cls in (Start, Submit, Abort, AskReport, Close, Meeting, Ready, Failed, Outputs, Tick, Report)
 }
+
+
+def submissions(requests: Iterable[TokenRequest]) -> Iterator[Submit]:
+    """Give messages that together submit `requests`, in their order, each no longer than a frame may be.
+
+    A window of 2048 choices of long prompts would be one: the other side would take it for a torn stream, and end.
+    """
+    part: list[TokenRequest] = []
+    tokens = 0
+    for request in requests:
+        tokens += len(request.prompt_ids)
+        if part and tokens > _MOST_TOKENS:
+            yield Submit(tuple(part))
+            part, tokens = [], len(request.prompt_ids)
+        part.append(request)
+    if part:
+        yield Submit(tuple(part))
 
 
 def encode(message: Message) -> bytes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import protocol
 from engine.protocol import (
     Abort,
     AskReport,
@@ -24,6 +26,7 @@ from engine.protocol import (
     Submit,
     Tick,
     encode,
+    submissions,
 )
 from engine.request import TokenOutput, TokenRequest
 from headrace.completion import CompletionError, TokenLogprobs
@@ -103,3 +106,18 @@ def test_what_is_no_message(body: bytes) -> None:
 def test_text_on_the_pipe_is_no_frame() -> None:
     with pytest.raises(ProtocolError, match="something else writes"):
         list(FrameReader().feed(b"Loading checkpoint shards: 100%"))
+
+
+def test_requests_with_long_prompts_are_submitted_in_frames_that_the_other_side_takes() -> None:
+    """128 choices of each of 8 prompts of a million tokens fit a window; one message of them would be 7 GB."""
+    prompt = tuple(range(100_000, 131_072)) * 32
+    requests = [replace(REQUEST, request_id=f"{number}", prompt_ids=prompt) for number in range(1024)]
+    longest = protocol._MOST // len(encode(Submit((requests[0],))))
+    assert longest < 200, "they fit one frame: nothing was tested"
+    messages = list(submissions(requests))
+    assert [one for message in messages for one in message.requests] == requests
+    assert max(len(message.requests) for message in messages) <= longest
+    assert len(messages) < 1024 / 3, "a message for each"
+    assert list(submissions([])) == []
+    alone = replace(REQUEST, prompt_ids=prompt * 5)
+    assert list(submissions([alone, REQUEST, REQUEST])) == [Submit((alone,)), Submit((REQUEST, REQUEST))]
