@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from engine.regular.automaton import Automaton, TooLargeError, compile_expression
-from engine.regular.expression import Expression
+from engine.regular.automaton import Automaton, compile_expression
+from engine.regular.expression import Expression, TooLargeError
 from engine.regular.json_schema import read_schema
 from engine.regular.pattern import NotRegularError, read_pattern
 from headrace.response_format import ResponseFormat

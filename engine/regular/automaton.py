@@ -13,19 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.regular.expression import Alt, Chars, Expression, Ranges, Repeat, Seq
+from engine.regular.expression import MOST_POSITIONS, Alt, Chars, Expression, Ranges, Repeat, Seq, TooLargeError
 
 START = 0
 DEAD = -1
 MOST_STATES = 8192
 """A token mask for each is kept on the device: 50 MB for a vocabulary of 49,152, 155 MB for 151,936."""
-_MOST_POSITIONS = 1 << 16
 _MOST_WORK = 1 << 19
 """Edges and members of sets that are looked at: a form of 8,192 states needs a fifth of it, a regex made to blow up stops after a second."""
-
-
-class TooLargeError(Exception):
-    """The automaton would have more states than `MOST_STATES`, or take too long to make."""
 
 
 class Automaton(NamedTuple):
@@ -69,7 +64,7 @@ class _Positions:
         self.free: list[list[int]] = []
 
     def new(self) -> int:
-        if len(self.edges) >= _MOST_POSITIONS:
+        if len(self.edges) >= MOST_POSITIONS:
             raise TooLargeError
         self.edges.append([])
         self.free.append([])

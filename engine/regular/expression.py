@@ -1,19 +1,26 @@
 """Regular languages as trees: characters, sequences, choices, repetitions. Knows no syntax, no JSON and no automaton.
 
 What can match nothing at all is folded away where it is built (`NEVER`), so that in the automaton made of a tree every state can
-still be completed.
+still be completed. A tree knows its size: one that is too large for an automaton is given up where it is built (`TooLargeError`), because
+parts that stand in it many times over make it grow as a power of how deep a format nests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Ranges = tuple[tuple[int, int], ...]
 """Code points as ascending, disjoint, inclusive ranges."""
 
 _SURROGATES = (0xD800, 0xDFFF)
 _LAST = 0x10FFFF
+MOST_POSITIONS = 1 << 16
+"""Characters of a tree, each counted as often as it stands in it."""
+
+
+class TooLargeError(Exception):
+    """A tree has more characters than `MOST_POSITIONS`, or its automaton too many states, or takes too long to make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +28,7 @@ class Chars:
     """One character out of a set."""
 
     ranges: Ranges
+    size: int = field(default=1, init=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,10 @@ class Seq:
     """One part after the other; no parts: the empty text."""
 
     parts: tuple[Expression, ...]
+    size: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _checked(sum(part.size for part in self.parts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,10 @@ class Alt:
     """Any one of the options; no options: nothing matches."""
 
     options: tuple[Expression, ...]
+    size: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _checked(sum(option.size for option in self.options)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +60,21 @@ class Repeat:
     part: Expression
     least: int
     most: int | None
+    size: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        times = self.least + 1 if self.most is None else self.most
+        object.__setattr__(self, "size", _checked(self.part.size * times))
 
 
 Expression = Chars | Seq | Alt | Repeat
+
+
+def _checked(size: int) -> int:
+    if size > MOST_POSITIONS:
+        raise TooLargeError
+    return size
+
 
 EMPTY = Seq(())
 NEVER = Alt(())
@@ -115,6 +143,8 @@ def seq(*parts: Expression) -> Expression:
 
 def alt(*options: Expression) -> Expression:
     """Return any one of the options."""
+    # Before they are compared: that looks at all of each of them.
+    _checked(sum(option.size for option in options))
     possible = tuple(dict.fromkeys(option for option in options if option != NEVER))
     return possible[0] if len(possible) == 1 else Alt(possible)
 

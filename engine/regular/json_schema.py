@@ -14,9 +14,11 @@ from typing import Any
 
 from engine.regular.expression import (
     EMPTY,
+    MOST_POSITIONS,
     NEVER,
     Expression,
     Ranges,
+    TooLargeError,
     alt,
     char_set,
     chars,
@@ -100,6 +102,7 @@ class _Reader:
         self._root = root
         self._open: list[str] = []
         self._references = 0
+        self._read: dict[str, Expression] = {}
 
     def value(self, schema: Any) -> Expression:
         """Read any schema."""
@@ -141,16 +144,17 @@ class _Reader:
         self._references += 1
         if reference in self._open or self._references > _MOST_REFERENCES:
             raise NotRegularError("recursion")
+        if reference in self._read:
+            return self._read[reference]
         found = self._root
         for name in reference[2:].split("/"):
             if not isinstance(found, Mapping) or name not in found:
                 raise NotRegularError("a reference to nothing")
             found = found[name]
         self._open.append(reference)
-        try:
-            return self.value(found)
-        finally:
-            self._open.pop()
+        read = self._read[reference] = self.value(found)
+        self._open.pop()
+        return read
 
     def _any_of(self, options: Any) -> Expression:
         if not isinstance(options, list) or not options:
@@ -200,7 +204,9 @@ def _members(members: Sequence[tuple[Expression, bool]]) -> Expression:
     if needed is not None:
         before = [optional(seq(member, _COMMA)) for member, _ in members[:needed]]
         return seq(*before, members[needed][0], *behind[needed + 1 :])
-    # Whichever comes first has no comma before it.
+    # Whichever comes first has no comma before it. Counted first: the options are as long together as their number squared.
+    if sum((number + 1) * one.size for number, one in enumerate(behind)) > MOST_POSITIONS:
+        raise TooLargeError
     return alt(EMPTY, *(seq(member, *behind[number + 1 :]) for number, (member, _) in enumerate(members)))
 
 
@@ -292,14 +298,20 @@ def _same_length(low: str, high: str) -> Expression:
     """Return the numbers from `low` to `high`, which have equally many digits."""
     if not low:
         return EMPTY
-    nines, zeros = "9" * (len(low) - 1), "0" * (len(low) - 1)
+    left = len(low) - 1
+    nines, zeros = "9" * left, "0" * left
     first, last = int(low[0]), int(high[0])
     if first == last:
         return seq(text(low[0]), _same_length(low[1:], high[1:]))
-    options = [seq(text(low[0]), _same_length(low[1:], nines)), seq(text(high[0]), _same_length(zeros, high[1:]))]
-    if last - first > 1:
-        between = chars(((0x30 + first + 1, 0x30 + last - 1),))
-        options.append(seq(between, repeat(_DIGIT, len(nines), len(nines))))
+    # First digits that anything may follow are one option: each of its own, they would double with every digit.
+    whole_first, whole_last = first + (low[1:] != zeros), last - (high[1:] != nines)
+    options = []
+    if whole_first > first:
+        options.append(seq(text(low[0]), _same_length(low[1:], nines)))
+    if whole_first <= whole_last:
+        options.append(seq(chars(((0x30 + whole_first, 0x30 + whole_last),)), repeat(_DIGIT, left, left)))
+    if whole_last < last:
+        options.append(seq(text(high[0]), _same_length(zeros, high[1:])))
     return alt(*options)
 
 

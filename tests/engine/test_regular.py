@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from schemas_at_random import schema_at_random
 
 from engine.regular import automaton_of
-from engine.regular.automaton import MOST_STATES, Automaton, TooLargeError, compile_expression, utf8_sequences
-from engine.regular.expression import alt, char_set, chars, complement, repeat, seq, text
+from engine.regular.automaton import MOST_STATES, Automaton, compile_expression, utf8_sequences
+from engine.regular.expression import TooLargeError, alt, char_set, chars, complement, repeat, seq, text
 from engine.regular.json_schema import integers
 from headrace.response_format import ResponseFormat
 
@@ -278,6 +278,21 @@ def test_integers_between_bounds(low, high, value):
         )
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(-(2**63), 2**63 - 1), (0, 2**64 - 1), (10**30, None), (None, -(10**16)), (-5, 10**40)]
+)
+def test_bounds_of_many_digits_cost_states_not_time(low, high):
+    # Each further digit once doubled the time: the bounds of an int64 held an engine up for minutes.
+    begin = time.perf_counter()
+    automaton = compile_expression(integers(low, high))
+    assert time.perf_counter() - begin < 5, "some 20 ms on a quiet machine"
+    assert automaton.size < 500
+    for bound in (low, high):
+        for value in () if bound is None else (bound - 1, bound, bound + 1):
+            inside = (low is None or low <= value) and (high is None or value <= high)
+            assert automaton.accepts(str(value).encode()) == inside, value
+
+
 @given(st.integers(0, 0x10FFFF), st.integers(0, 3000), st.integers(0, 0x10FFFF))
 @settings(max_examples=300, deadline=None)
 def test_a_range_of_characters_is_its_utf8(low, length, probe):
@@ -329,6 +344,38 @@ def test_what_would_blow_up_is_given_up_soon(regex):
     automaton = of_regex(regex)
     assert automaton is None or automaton.size < MOST_STATES
     assert time.perf_counter() - begin < 20, "some two seconds on a quiet machine"
+
+
+def _nested(wrap, times):
+    schema = {"type": "null"}
+    for _ in range(times):
+        schema = wrap(schema)
+    return schema
+
+
+def _array(schema):
+    return {"type": "array", "items": schema}
+
+
+def _optional_fields(schema):
+    return {"type": "object", "properties": dict.fromkeys("abcdef", schema)}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        _nested(_array, 60),
+        _nested(_optional_fields, 5),
+        {"type": "object", "properties": {f"k{number}": {"type": "integer"} for number in range(1000)}},
+        {"anyOf": [{"$ref": "#/$defs/x"}] * 900, "$defs": {"x": _nested(_optional_fields, 2)}},
+    ],
+    ids=["arrays in arrays", "optional fields in optional fields", "a thousand optional fields", "much referred to"],
+)
+def test_a_schema_that_would_blow_up_is_given_up_soon(schema):
+    """An item stands in its array twice and a field in its object many times, so nesting multiplies what has to be written out."""
+    begin = time.perf_counter()
+    assert of_schema(schema) is None
+    assert time.perf_counter() - begin < 20, "well under a second on a quiet machine"
 
 
 def test_nothing_to_say_is_no_automaton():
