@@ -1,6 +1,6 @@
 """Every error leaves as RFC 9457 `application/problem+json`: this module turns exceptions into that form, and knows nothing else.
 
-`code`, `param` and `type` lie where OpenAI's client looks for them, so its exceptions carry them too. What headrace did not expect
+`code`, `param`, `type` and `message` lie where OpenAI's client looks for them, so its exceptions carry them too. What headrace did not expect
 leaves as a 500 that says where to look (the request id) and nothing of what was inside.
 """
 
@@ -46,11 +46,13 @@ class InvalidBody(InvalidRequest):
 
 def problem_of(error: HeadraceError, *, request_id: str | None = None, instance: str | None = None) -> Problem:
     """Return the problem that describes `error`. What failed on our side names no host, path or URL: the log does."""
+    detail = error.message if error.status < SERVER_FAULT else (type(error).__doc__ or "").strip()
     return Problem(
         type=f"/docs#problem-{error.code}",
         title=_title(error.code),
         status=error.status,
-        detail=error.message if error.status < SERVER_FAULT else (type(error).__doc__ or "").strip(),
+        detail=detail,
+        message=detail,
         instance=instance,
         code=error.code,
         param=error.param,
@@ -143,6 +145,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         title=phrase,
         status=error.status_code,
         detail=detail,
+        message=detail,
         instance=request.url.path,
         code=re.sub(r"\W+", "_", phrase.lower()),
         request_id=request.scope.get("headrace.request_id"),

@@ -357,12 +357,13 @@ class FieldError(_Shape):
 
 
 class Problem(_Shape):
-    """RFC 9457. `code`, `param` and `type` are where OpenAI's client looks for them too."""
+    """RFC 9457. `code`, `param`, `type` and `message` are where OpenAI's client looks for them too."""
 
     type: str = Field(description="A link to what this kind of problem means.")
     title: str
     status: int
     detail: str
+    message: str = Field(description="The same as `detail`: of what it gets, OpenAI's client shows this alone.")
     instance: str | None = None
     code: str
     param: str | None = None

@@ -74,6 +74,10 @@ def test_problems_carry_what_the_client_looks_for(client: openai.OpenAI) -> None
     with pytest.raises(openai.NotFoundError) as refused:
         client.batches.create(input_file_id="file-1", endpoint="/v1/chat/completions", completion_window="24h")
     assert refused.value.param == "input_file_id"
+    assert "POST /v1/files" in str(refused.value), "the text of the exception says what to do"
+    with pytest.raises(openai.APIStatusError) as absent:
+        client.chat.completions.create(model="echo", messages=[])
+    assert "/docs" in str(absent.value)
 
 
 def test_models(client: openai.OpenAI) -> None:
