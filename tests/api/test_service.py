@@ -137,6 +137,9 @@ def test_the_documentation_needs_no_network(http: httpx.Client) -> None:
     problem = http.get("/v1/batches/x").json()
     assert problem["type"].removeprefix("/docs#") in page.ids
     assert http.get("/").headers["location"] == "/docs"
+    # A method is written in white: without a colour behind it nobody reads it.
+    methods = {method for path in http.get("/openapi.json").json()["paths"].values() for method in path}
+    assert [method for method in methods if f".method.{method} {{ background:" not in response.text] == []
 
 
 def test_every_operation_has_an_example_that_fits_its_schema(http: httpx.Client) -> None:
