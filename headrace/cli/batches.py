@@ -101,6 +101,8 @@ def run_submit(arguments: argparse.Namespace) -> int:
             idempotency_key=arguments.idempotency_key,
         )
         if not arguments.wait:
+            if any(row.custom_id is not None for row in rows):
+                console.say("the custom_ids stay in the file: answers have indexes, which count its rows from 0")
             show_batch(batch, as_json=arguments.json)
             return 0
         console.say(batch.id)
@@ -186,7 +188,17 @@ def run_cancel(arguments: argparse.Namespace) -> int:
 
 
 def wait_with_progress(client: Client, batch: Batch) -> Batch:
-    """Wait for the batch's end with a bar or lines."""
+    """Wait for the batch's end with a bar or lines; who interrupts it is told that the batch goes on."""
+    try:
+        return _wait(client, batch)
+    except KeyboardInterrupt:
+        console.say(
+            f"{batch.id} goes on: `headrace status {batch.id} --wait` waits for it again, `headrace cancel {batch.id}` stops it"
+        )
+        raise
+
+
+def _wait(client: Client, batch: Batch) -> Batch:
     # Not Client.wait: it asks as seldom as the server wishes, and a bar that moves every ten seconds looks stuck.
     with console.progress(batch.id[:14], batch.counts.total) as bar:
         while True:

@@ -71,7 +71,7 @@ def look(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield _model()
     yield _redis()
     yield _database()
-    yield _spool()
+    yield _spool(arguments.state_dir)
     yield _server(options.server_url(arguments))
     if arguments.engine:
         yield from _engine()
@@ -192,12 +192,12 @@ def _database() -> Finding:
     return Finding("database", "ok", f"{hide_password(url)} answers and its tables are up to date")
 
 
-def _spool() -> Finding:
+def _spool(state_dir: Path) -> Finding:
     """Answers that no database has taken yet; only a worker reads them."""
     from headrace.settings import get_settings
 
     try:
-        folder = get_settings().spool_dir
+        folder = get_settings().spool_dir if options.is_set("HEADRACE_SPOOL_DIR") else state_dir / "spool"
         sizes = [path.stat().st_size for path in folder.glob("*.spool")]
     except HeadraceError as error:
         return Finding("spool", "note", error.message)

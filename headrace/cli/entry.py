@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from headrace.cli import batches, demo, doctor, ending, job, keys, services, up
-from headrace.errors import HeadraceError, InvalidRequest
+from headrace.errors import HeadraceError, InvalidRequest, Unauthorized
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except HeadraceError as error:
-        _say(f"{name}: {error.message}")
+        hint = " Here: HEADRACE_API_KEY, or --api-key." if isinstance(error, Unauthorized) else ""
+        _say(f"{name}: {error.message}{hint}")
         return 2 if isinstance(error, InvalidRequest) else 1
     except OSError as error:
         _say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")

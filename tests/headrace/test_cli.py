@@ -17,8 +17,9 @@ from servers import free_port
 
 from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.cli import console, main, parser
-from headrace.cli.batches import exit_code, refuse_bad_rows, write_results
+from headrace.cli.batches import exit_code, refuse_bad_rows, wait_with_progress, write_results
 from headrace.cli.doctor import _server as find_server
+from headrace.cli.doctor import _spool as find_spool
 from headrace.cli.options import read_object, server_url
 from headrace.cli.up import hide_password
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
@@ -281,6 +282,12 @@ def test_doctor_shows_a_spool_that_is_not_empty(
     [found] = [finding for finding in json.loads(capsys.readouterr().out) if finding["name"] == "spool"]
     assert found["state"] == "note"
     assert "1 files with 3.0 MiB" in found["detail"]
+    monkeypatch.delenv("HEADRACE_SPOOL_DIR")
+    get_settings.cache_clear()
+    # As `up` does: where no folder is named, it is that of the stack.
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "gpu_host_1.spool").rename(tmp_path / "spool" / "gpu_host_1.spool")
+    assert find_spool(tmp_path).detail.startswith("1 files with 3.0 MiB")
 
 
 def test_doctor_shows_the_engines_memory(
@@ -372,6 +379,25 @@ def test_the_exit_code_says_whether_there_are_answers(status: BatchStatus, compl
         id="b", model="m", gen_config=GenerationConfig(), status=status, counts=counts, usage=TokenUsage(), created_at=0
     )
     assert exit_code(batch) == code
+
+
+def test_an_interrupted_wait_says_that_the_batch_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever presses Ctrl-C over a batch of hours wonders whether it is lost."""
+
+    class Interrupted:
+        def get(self, _: str) -> Batch:
+            raise KeyboardInterrupt
+
+    batch = Batch(
+        id="batch_1", model="m", gen_config=GenerationConfig(), status=BatchStatus.IN_PROGRESS, counts=RequestCounts(total=2),
+        usage=TokenUsage(), created_at=0,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        wait_with_progress(Interrupted(), batch)  # type: ignore[arg-type]  # all of a client that is asked for
+    told = capsys.readouterr().err
+    assert "batch_1 goes on" in told
+    assert "headrace status batch_1 --wait" in told
+    assert "headrace cancel batch_1" in told
 
 
 def test_passwords_are_not_shown() -> None:

@@ -108,6 +108,29 @@ def test_retry_computes_failed_rows_alone(store: Store, url: str, capsys: pytest
     assert "in_progress" in err
 
 
+def test_where_a_key_is_asked_for_the_command_line_says_how_it_takes_one(
+    store: Store, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = store.keys.create("ci")
+    for wrong in ((), ("--api-key", "hr_wrong")):
+        code, _, err = run(capsys, "submit", "--prompt", "a", "--url", url, *wrong)
+        assert (code, "HEADRACE_API_KEY" in err) == (1, True)
+    assert run(capsys, "submit", "--prompt", "a", "--url", url, "--api-key", made.text)[0] == 0
+
+
+def test_names_that_stay_behind_are_spoken_of(
+    store: Store, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts of a small file travel in the request, which has no names: who doesn't wait gets the answers by index."""
+    (tmp_path / "named.jsonl").write_text('{"prompt": "a", "custom_id": "x"}\n')
+    code, _, err = run(capsys, "submit", "named.jsonl", "--url", url)
+    assert (code, "custom_id" in err) == (0, True)
+    (tmp_path / "plain.jsonl").write_text('{"prompt": "a"}\n')
+    code, _, err = run(capsys, "submit", "plain.jsonl", "--url", url)
+    assert (code, err) == (0, "")
+    assert len(store.list_batches()) == 2
+
+
 def test_delete_deletes_nothing_unless_it_is_told_to(store: Store, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     old = finished(store)
     code, _, err = run(capsys, "delete", old, "--url", url)
