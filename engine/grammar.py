@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +30,11 @@ _KEPT = 64
 # writes line feeds until max_new_tokens.
 _JSON_DEFAULTS: Any = {"whitespace_pattern": " "}
 _SILENT = 0
+_STACK = 16 << 20
+_STACK_FOR_A_BYTE = 1 << 10
+"""The library goes down into each definition that a format names and each bracket that it opens; up to 600 bytes of stack for a byte of
+source were seen (of a nest of brackets). Where it has no more, that is no exception but the end of the process and all its prompts."""
+_STARTING = threading.Lock()
 
 
 class Grammars:
@@ -99,10 +107,8 @@ class Grammars:
     def compile(self, wanted: ResponseFormat) -> LLMatcher:
         """Compile anew: what this matcher and its copies build as they go they share with no other. Raises as `check` does."""
         vocabulary = self._vocabulary_read()
-        from llguidance import LLMatcher
-
         try:
-            matcher = LLMatcher(vocabulary, _grammar(wanted), log_level=_SILENT)
+            matcher = _on_a_stack(_STACK + _STACK_FOR_A_BYTE * len(wanted.source), partial(_compile, vocabulary, wanted))
         except Exception as error:
             raise _refused(wanted, str(error)) from error
         if matcher.is_error():
@@ -138,6 +144,32 @@ class Grammars:
             raise UnsupportedOption(
                 f"response_format can't be used with this model's tokenizer: {_one_line(str(error))}", param=_PARAM
             ) from error
+
+
+def _on_a_stack(size: int, work: Callable[[], LLMatcher]) -> LLMatcher:
+    """Do it on a thread of its own with so many bytes of stack: address space, of which only what is used costs memory."""
+    done: Future[LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+
+    # One size for the whole process: who else starts a thread in this moment gets a large stack too, which harms nobody.
+    with _STARTING:
+        usual = threading.stack_size(size)
+        try:
+            threading.Thread(target=run, name="compile-format", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+    return done.result()
+
+
+def _compile(vocabulary: LLTokenizer, wanted: ResponseFormat) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    return LLMatcher(vocabulary, _grammar(wanted), log_level=_SILENT)
 
 
 def _grammar(wanted: ResponseFormat) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -166,7 +167,31 @@ def test_without_the_library_a_request_is_refused_with_the_remedy(grammars, monk
 
 
 def test_the_engine_is_imported_without_the_library():
-    import subprocess
-
     code = "import engine.rank, engine.engine, engine.frontend, engine.executor, sys; assert 'llguidance' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+DEEP = """
+import sys
+from pathlib import Path
+from engine.grammar import Grammars
+from headrace.config import GenerationConfig
+grammars = Grammars.of_model(Path(sys.argv[1]))
+chain = {"$defs": {f"r{n}": {"type": "array", "items": {"$ref": f"#/$defs/r{n + 1}"}} for n in range(4000)}, "$ref": "#/$defs/r0"}
+chain["$defs"]["r4000"] = {"type": "null"}
+for wanted in (
+    {"type": "json_schema", "json_schema": {"schema": chain}},
+    {"type": "grammar", "grammar": "start: A0\\nA8000: \\"b\\"\\n" + "".join(f"A{n}: A{n + 1}\\n" for n in range(8000))},
+    {"type": "grammar", "grammar": "start: A0\\nA800: \\"b\\"\\n" + "".join(f"A{n}: {'(' * 15}A{n + 1}{')' * 15}\\n" for n in range(800))},
+):
+    grammars.check(GenerationConfig(response_format=wanted).response_format)
+print("done")
+"""
+
+
+def test_a_format_whose_definitions_nest_thousands_deep_ends_no_process(tiny_model_dir):
+    # Three thousand references in a row were enough: the library goes down into each, and a stack overflow is nobody's exception.
+    done = subprocess.run(
+        [sys.executable, "-c", DEEP, str(tiny_model_dir)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
