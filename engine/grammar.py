@@ -186,7 +186,12 @@ def _grammar(wanted: ResponseFormat) -> str:
     return LLMatcher.grammar_from_lark(gbnf_to_lark(wanted.source) if is_gbnf else wanted.source)
 
 
+_ADVICE = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
+"""The library's, about an option that no caller of ours has."""
+
+
 def _refused(wanted: ResponseFormat, why: str) -> InvalidRequest:
+    why = why.replace(_ADVICE, "Where no answer can match two of the options, write anyOf, which is the same")
     return InvalidRequest(f"response_format: this {wanted.type} can't be compiled: {_one_line(why)}", param=_PARAM)
 
 

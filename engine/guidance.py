@@ -45,6 +45,8 @@ _LANES_PER_THREAD = 4
 _COMPILING_S = 1.0
 """Most time that the further lanes of a format may take to compile."""
 _KEPT = 64
+_NOTHING_FOLLOWS = "NoExtensionBias"
+"""The library's word for it."""
 
 
 class _Format:
@@ -103,7 +105,8 @@ class Guide:
         """Say why the request can't go on, after its mask was computed."""
         if not self.matcher.is_error():
             return None
-        why = " ".join(self.matcher.get_error().split())[:300]
+        why, *_ = self.matcher.get_error().partition("<state>")  # behind it stands the parser's insides
+        why = "no text matches it from here on" if why.startswith(_NOTHING_FOLLOWS) else " ".join(why.split())[:300]
         return CompletionError.of(
             InvalidRequest(f"response_format can't be followed any further: {why}", param="response_format")
         )

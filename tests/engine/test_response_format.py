@@ -170,6 +170,27 @@ def test_a_form_that_does_not_compile_hurts_nobody_else(engine, tokenizer):
     assert re.fullmatch(COLOUR["regex"], text(tokenizer, outputs["3"]))
 
 
+@pytest.mark.parametrize(
+    "wanted", [of_regex(r"[^\s\S]"), of_schema({"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}})]
+)
+def test_a_form_that_nothing_matches_is_refused_in_words(engine, wanted):
+    (output,) = run(engine, [guided(0, wanted)]).values()
+    assert output.error.code == "invalid_request"
+    assert output.error.message == "response_format can't be followed any further: no text matches it from here on"
+
+
+def test_a_form_that_the_parser_gives_up_is_refused_without_its_insides(engine):
+    (output,) = run(engine, [guided(0, {"type": "grammar", "grammar": 'start: "a" start'})]).values()
+    assert "Too many items" in output.error.message
+    assert "<state>" not in output.error.message
+
+
+def test_what_the_library_says_of_its_own_options_is_not_repeated(engine):
+    (output,) = run(engine, [guided(0, of_schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}))]).values()
+    assert "write anyOf" in output.error.message
+    assert "coerce" not in output.error.message
+
+
 def test_a_request_is_aborted_while_its_form_is_compiled(engine):
     engine.add(guided(0, of_schema({**PERSON, "title": "never seen before"})))
     engine.abort("0")
