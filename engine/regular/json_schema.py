@@ -100,6 +100,8 @@ class _Reader:
 
     def __init__(self, root: Any) -> None:
         self._root = root
+        draft = str(root.get("$schema", "")) if isinstance(root, Mapping) else ""
+        self._is_old = "draft-0" in draft or "2019-09" in draft
         self._open: list[str] = []
         self._references = 0
         self._read: dict[str, Expression] = {}
@@ -168,6 +170,8 @@ class _Reader:
 
     def _array(self, says: Schema) -> Expression:
         first = says.get("prefixItems", [])
+        if first and self._is_old:
+            raise NotRegularError("prefixItems, which is no keyword there: `items` speaks of the first ones as well")
         least, most = _count(says, "minItems"), _count(says, "maxItems", unbounded=True)
         if not isinstance(first, list) or least is None:
             raise NotRegularError("prefixItems that are no list")

@@ -94,6 +94,7 @@ IRREGULAR: dict[str, Any] = {
     "uniqueItems": {"type": "array", "items": STRING, "uniqueItems": True},
     "contains": {"type": "array", "items": STRING, "contains": STRING},
     "old tuple": {"type": "array", "items": [STRING]},
+    "tuple in an old draft": {"$schema": "http://json-schema.org/draft-07/schema#", "type": "array", "prefixItems": [STRING]},
     "oneOf": {"oneOf": [STRING]},
     "not": {"not": STRING},
     "allOf": {"allOf": [STRING, {"minLength": 3}]},
