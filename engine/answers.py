@@ -98,7 +98,7 @@ class ChoiceBuilder:
 
     def _show(self, text: str) -> bool:
         """Pass text through the stop words; True when one of them ended the choice."""
-        shown, word = self._matcher.push(text)
+        shown, word = self._matcher.push(text, is_early=len(self._ids) < self._config.min_new_tokens)
         self._text.append(shown)
         if word is not None:
             self._settle("stop", f"stop_word:{word}")

@@ -89,11 +89,16 @@ class StopWords:
         self._words = tuple(words)
         self._include = include
         self._held = ""
+        self._early = 0
+        """Length of the part of `_held` in which no stop word may have its end."""
 
-    def push(self, text: str) -> Match:
-        """Add text; return what is certainly before any stop word."""
+    def push(self, text: str, *, is_early: bool = False) -> Match:
+        """Add text; return what is certainly before any stop word. `is_early`: one that is complete by this text is none yet."""
         self._held += text
-        found = [(self._held.find(word), -len(word), word) for word in self._words if word in self._held]
+        if is_early:
+            self._early = len(self._held)
+        starts = ((self._held.find(word, max(0, self._early - len(word) + 1)), word) for word in self._words)
+        found = [(start, -len(word), word) for start, word in starts if start >= 0]
         if found:
             start, _, word = min(found)
             shown = self._held[: start + len(word) if self._include else start]
@@ -101,6 +106,7 @@ class StopWords:
             return Match(shown, word)
         keep = self._beginning()
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._early = max(0, self._early - len(shown))
         return Match(shown, None)
 
     def flush(self) -> str:

@@ -131,6 +131,27 @@ def test_nothing_of_a_stop_word_is_shown_before_it_is_whole() -> None:
     assert [matcher.push(piece).text for piece in ("42<", "/ans", "!")] == ["42", "", "</ans!"]
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    pieces=st.lists(st.text(alphabet="abc", max_size=4), max_size=10),
+    words=st.lists(st.text(alphabet="abc", min_size=1, max_size=5), min_size=1, max_size=3),
+    early=st.integers(0, 10),
+)
+def test_a_stop_word_that_is_complete_early_ends_nothing(pieces: list[str], words: list[str], early: int) -> None:
+    matcher, shown, found, fed = StopWords(words), "", None, ""
+    for number, piece in enumerate(pieces):
+        new, found = matcher.push(piece, is_early=number < early)
+        shown, fed = shown + new, fed + piece
+        if found is not None:
+            break
+    passed = len("".join(pieces[:early]))
+    starts = [
+        start for word in words for start in range(len(fed)) if fed.startswith(word, start) and start + len(word) > passed
+    ]
+    assert (found is not None) == bool(starts)
+    assert shown + matcher.flush() == (fed[: min(starts)] if starts else fed)
+
+
 def output(*tokens: int, finish: str | None = None, detail: str | None = None, logprobs: bool = False) -> TokenOutput:
     rows = tuple(TokenLogprobs(token_id=token, logprob=-1.0) for token in tokens) if logprobs else None
     return TokenOutput(request_id="1-0", token_ids=tokens, finish_reason=finish, stop_detail=detail, logprobs=rows)  # type: ignore[arg-type]
