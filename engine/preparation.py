@@ -155,7 +155,11 @@ class Preparer:
             raise InvalidRequest("min_new_tokens is more than max_new_tokens", param="min_new_tokens")
 
     def _stops(self, config: GenerationConfig, *, do_preprocess: bool) -> Stops:
-        """Sort stop words into ids, where one is a special token that the text never shows, and words to look for."""
+        """Sort stop words into ids, where one is a special token, and words to look for in the text.
+
+        The caller's special tokens are looked for as well, because a model may spell one in ordinary tokens. The template's are
+        not: every chat would be decoded as it comes for a case that its models don't know.
+        """
         of_template = self.template.stop_words if do_preprocess else ()
         special = {
             word: index for word in of_template + config.stop_words if (index := self.tokenizer.special_id(word)) is not None
@@ -167,7 +171,7 @@ class Preparer:
         only_own = config.ignore_eos or config.response_format is not None
         words = config.stop_words if only_own else config.stop_words + of_template
         return Stops(
-            words=tuple(dict.fromkeys(word for word in words if word not in special)),
+            words=tuple(dict.fromkeys(word for word in words if word not in special or word in config.stop_words)),
             eos_ids=tuple(dict.fromkeys(eos)),
             stop_ids=tuple(dict.fromkeys((*config.stop_token_ids, *names))),
             names=names,
@@ -192,8 +196,11 @@ def _bad_sequences(tokenizer: Tokenizer, words: _Words, ids: _Ids) -> tuple[_Ids
     newline = tokenizer.encode_chat("\n")
     found: dict[tuple[int, ...], None] = {(index,): None for index in ids}
     for word in words:
-        inside = tokenizer.encode_chat("\n" + word)
-        forms = [tokenizer.encode_chat(word), tokenizer.encode_chat(" " + word)]
+        try:
+            word_alone, behind_space, inside = (tokenizer.encode_chat(before + word) for before in ("", " ", "\n"))
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"bad_words has a text that is not valid Unicode: {error}", param="bad_words") from error
+        forms = [word_alone, behind_space]
         if inside[: len(newline)] == newline:
             forms.append(inside[len(newline) :])
         found |= {form: None for form in forms if form}

@@ -65,6 +65,7 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=True)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        text.encode()  # a tokenizer says of half a surrogate pair that it wants a text, without a word of why
         with self._lock:
             # verbose=False: the tokenizer would warn of "longer than the maximum"; the session length is checked by us.
             ids = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)

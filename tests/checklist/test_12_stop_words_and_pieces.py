@@ -62,6 +62,34 @@ def test_a_character_that_is_cut_comes_as_a_replacement(tokenizer: Tokenizer) ->
     assert choice.text.endswith("\ufffd")
 
 
+def forced(text: str, **config: Any) -> GenerationConfig:
+    """Make the model write a text, in tokens of its own choice."""
+    free = {"max_new_tokens": 60, "top_k": 0, "temperature": 1.0, "random_seed": 1}
+    return GenerationConfig(**free, response_format={"type": "regex", "regex": text}, **config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("word", ["<|endoftext|>", "<|im_end|>"])
+def test_a_special_token_that_is_spelled_in_others(pipe: AsyncEngine, word: str, include: bool) -> None:
+    spelled = "the mill" + word.replace("|", r"\|") + "wheel"
+    config = forced(spelled, stop_words=[word], include_stop_str_in_output=include)
+    answer: Any = pipe("water", config)
+    assert (answer.text, answer.stop_detail) == ("the mill" + (word if include else ""), f"stop_word:{word}")
+    assert "".join(piece.text for piece in pipe.stream_infer("water", config)) == answer.text
+
+
+def test_min_new_tokens_counts_for_stop_words_too(pipe: AsyncEngine) -> None:
+    first: Any = pipe("water", forced("abcabcabc", stop_words=["bc"]))
+    assert (first.text, first.stop_detail) == ("a", "stop_word:bc")
+    for least in range(1, 10):
+        answer: Any = pipe("water", forced("abcabcabc", stop_words=["bc"], min_new_tokens=least))
+        assert answer.stop_detail == "stop_word:bc"
+        assert least <= len(answer.token_ids) <= least + 3
+        assert answer.text + "bc" == pipe.frontend.tokenizer.decode(answer.token_ids)
+    none: Any = pipe("water", forced("abcabcabc", stop_words=["bc"], min_new_tokens=10))
+    assert (none.text, none.stop_detail) == ("abcabcabc", "response_format")
+
+
 def test_in_the_engine(pipe: AsyncEngine) -> None:
     free: Any = pipe("water", GenerationConfig(max_new_tokens=60, ignore_eos=True))
     assert free.text == pipe.frontend.tokenizer.decode(free.token_ids)

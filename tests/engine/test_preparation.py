@@ -89,11 +89,12 @@ def _fields(info: ModelInfo) -> dict[str, Any]:
 
 def test_stops_are_sorted_into_ids_and_words(preparer: Preparer) -> None:
     stops = prepare(preparer, stop_words=["the end", "<|im_start|>"], stop_token_ids=[7]).stops
-    assert stops.words == ("the end", "END")
+    # A special token of the caller's is looked for as well: a model may spell it in ordinary tokens.
+    assert stops.words == ("the end", "<|im_start|>", "END")
     assert set(stops.eos_ids) == {0, 2}  # the template's <|endoftext|>, the model's <|im_end|>
     assert (stops.stop_ids, stops.names) == ((7, 1), {1: "<|im_start|>"})
     raw = prepare(preparer, do_preprocess=False, stop_words=["<|im_end|>"]).stops
-    assert (raw.words, raw.eos_ids, raw.stop_ids) == ((), (2,), ())
+    assert (raw.words, raw.eos_ids, raw.stop_ids) == (("<|im_end|>",), (2,), ())
     forever = prepare(preparer, ignore_eos=True, stop_words=["mine"]).stops
     assert forever.words == ("mine",)
     (request,) = prepare(preparer, do_preprocess=False).requests
@@ -103,6 +104,15 @@ def test_stops_are_sorted_into_ids_and_words(preparer: Preparer) -> None:
 def test_bad_words_become_sequences(preparer: Preparer, tokenizer: Tokenizer) -> None:
     (request,) = prepare(preparer, bad_words=["mill"], bad_token_ids=[7]).requests
     assert {(7,), tokenizer.encode_chat("mill"), tokenizer.encode_chat(" mill")} == set(request.bad_sequences)
+
+
+def test_half_a_surrogate_pair_is_said_to_be_no_text(preparer: Preparer) -> None:
+    with pytest.raises(InvalidRequest, match="bad_words has a text that is not valid Unicode") as caught:
+        prepare(preparer, bad_words=["mill", "\ud800"])
+    assert caught.value.param == "bad_words"
+    for prompt, do_preprocess in (("\ud800", True), ("\ud800", False), ([{"role": "user", "content": "\ud800"}], True)):
+        with pytest.raises(InvalidRequest, match="the prompt is not valid Unicode text"):
+            prepare(preparer, prompt, do_preprocess=do_preprocess)
 
 
 def test_seeds(preparer: Preparer) -> None:
