@@ -42,7 +42,7 @@ GENERATION = {
     "top_k": Note("0 to 2147483647", "TurboMind cut it at 1024", "default 50, and greedy unless `do_sample=True`"),
     "temperature": Note("0 to 2", "0 or less: not applied, which is not greedy", "0 warns and becomes `top_k=1`"),
     "repetition_penalty": Note(
-        "above 0", "TurboMind: after temperature; PyTorch: ignored", "over the output only, and not when greedy"
+        "0.001 to 1000", "TurboMind: after temperature; PyTorch: ignored", "over the output only, and not when greedy"
     ),
     "ignore_eos": Note(
         "True or False", "PyTorch: the token could be emitted, and stop words still stopped", "the same for tokens"

@@ -65,7 +65,8 @@ class GenerationConfig(_Wire):
     stop_words: tuple[str, ...] = field(default=())
     """Texts that end the generation, matched on the decoded text across token boundaries; left out of the text."""
     bad_words: tuple[str, ...] = field(default=())
-    """Texts that are never generated (token sequences are banned at their last token)."""
+    """Texts that are not generated as the tokenizer writes them at the start of a text, after a space and inside a line (token
+    sequences are banned at their last token). Inside a longer token, or spelled in other tokens, the letters may still come."""
     min_p: float = 0.0
     """Keep tokens that are at least this fraction as probable as the best one; 0 keeps all."""
     presence_penalty: float = 0.0
@@ -73,7 +74,7 @@ class GenerationConfig(_Wire):
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time that the output has it."""
     min_new_tokens: int = 0
-    """End-of-sequence and stop tokens are banned until so many tokens are there."""
+    """End-of-sequence and stop tokens are banned until so many tokens are there; a stop word that is complete before ends nothing."""
     stop_token_ids: tuple[int, ...] = field(default=())
     """Tokens that end the generation, as the end-of-sequence token does."""
     bad_token_ids: tuple[int, ...] = field(default=())
@@ -116,6 +117,8 @@ class GenerationConfig(_Wire):
             )
         real = {
             "top_p": (0, 1),
+            # One that isn't a float32, or makes logits too large for one, would be found as NaN in the middle of a batch.
+            "repetition_penalty": (0.001, 1000),
             "min_p": (0, 1),
             "temperature": (0, 2),
             "presence_penalty": (-2, 2),
@@ -124,8 +127,6 @@ class GenerationConfig(_Wire):
         for name, (lo, hi) in real.items():
             value = getattr(self, name)
             _check(_is_number(value, lo, hi), name, value, f"a number from {lo} to {hi}")
-        penalty = self.repetition_penalty
-        _check(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a number above 0")
         for name, low, high in (
             ("max_new_tokens", 1, _MOST),
             ("random_seed", 0, 2**64 - 1),
@@ -159,7 +160,7 @@ def _bias(value: object) -> tuple[tuple[int, float], ...]:
     out = []
     for token, bias in pairs:  # type: ignore[attr-defined]  # checked above
         token_id = (
-            int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
+            int(token) if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) <= 10 else token
         )  # JSON objects have string keys
         _check(
             _is_int(token_id, 0, _MOST) and _is_number(bias, -100, 100),
@@ -168,6 +169,7 @@ def _bias(value: object) -> tuple[tuple[int, float], ...]:
             "a mapping of token id to a number from -100 to 100",
         )
         out.append((token_id, float(bias)))
+    _check(len(dict(out)) == len(out), "logit_bias", value, "a mapping that names each token id once")
     return tuple(out)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from headrace.config import GenerationConfig
 from headrace.errors import InvalidRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +64,27 @@ def test_the_ranges_are_what_the_classes_take(cls: Any, name: str, low: float, h
         with pytest.raises(InvalidRequest) as refused:
             build(cls, name, value)
         assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        # As float32 these are 0 and infinity, and the first makes infinities of logits: NaN, and the model's fault, it would seem.
+        ("repetition_penalty", 1e-50),
+        ("repetition_penalty", 1e-38),
+        ("repetition_penalty", 1e300),
+        # More digits than Python makes a number of, by an error that names nothing.
+        ("logit_bias", {"9" * 5000: 1}),
+        # One of the two would have no effect.
+        ("logit_bias", ((5, 1.0), (5, 2.0))),
+        ("logit_bias", {"5": 1.0, 5: 2.0}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_could_not_be_done_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{name} must be") as refused:
+        GenerationConfig(**{name: value})
+    assert refused.value.param == name
 
 
 def test_there_are_ranges_to_check() -> None:
