@@ -160,9 +160,8 @@ class AsyncEngine:
             put(None)
 
         def submit() -> int:
-            config = gen_config or GenerationConfig()
             return self.frontend.submit(
-                prompt, config, finish, do_preprocess=do_preprocess, on_delta=lambda delta: put(_piece(delta))
+                prompt, _one(gen_config), finish, do_preprocess=do_preprocess, on_delta=lambda delta: put(_piece(delta))
             )
 
         with ExitStack() as stack:
@@ -225,7 +224,7 @@ class AsyncEngine:
         Raise `InvalidRequest` while another turn of the session runs.
         """
         session = session or self.session()
-        turn = self._turn(session, prompt, gen_config or GenerationConfig(), is_streamed=stream_response)
+        turn = self._turn(session, prompt, _one(gen_config), is_streamed=stream_response)
         if stream_response:
             return turn
         for _ in turn:
@@ -359,7 +358,8 @@ def _sort_out(prompts: Any, gen_config: GenerationConfig | Sequence[GenerationCo
     if isinstance(prompts, Iterable) and not isinstance(prompts, bytes | bytearray | Mapping):
         if not isinstance(gen_config, GenerationConfig):
             raise InvalidRequest(
-                "prompts from an iterator share one gen_config; give a list of prompts for a list of them", param="gen_config"
+                "prompts from an iterator share one GenerationConfig; give a list of prompts for a list of them",
+                param="gen_config",
             )
         return _Call("lazy", zip(prompts, repeat(gen_config)))
     raise InvalidRequest(
@@ -378,6 +378,12 @@ def _pair(
     if len(gen_config) != len(prompts):
         raise InvalidRequest(f"{len(gen_config)} gen_configs for {len(prompts)} prompts; give one for each", param="gen_config")
     return zip(prompts, gen_config, strict=True)
+
+
+def _one(gen_config: GenerationConfig | None) -> GenerationConfig:
+    if not isinstance(gen_config, GenerationConfig | None):
+        raise InvalidRequest(f"gen_config is a GenerationConfig, not {type(gen_config).__name__}", param="gen_config")
+    return gen_config or GenerationConfig()
 
 
 def _merge_legacy(gen_config: GenConfigs, given: Mapping[str, Any]) -> GenerationConfig | Sequence[GenerationConfig]:

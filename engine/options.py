@@ -65,6 +65,11 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
     config = backend_config if backend_config is not None else PytorchEngineConfig()
     if isinstance(config, TurbomindEngineConfig):
         config = _from_turbomind(config)
+    if not isinstance(config, PytorchEngineConfig):
+        kind = type(config).__name__
+        raise InvalidRequest(
+            f"backend_config is a PytorchEngineConfig or a TurbomindEngineConfig, not {kind}", param="backend_config"
+        )
     _refuse_unsupported(config)
     path = locate_model(model_path)
     info = ModelInfo.read(path)

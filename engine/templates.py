@@ -171,7 +171,12 @@ class RawTemplate:
 def choose_template(
     tokenizer: Tokenizer, *, config: ChatTemplateConfig | None, model_name: str | None, engine_model_name: str | None
 ) -> ChatTemplate:
-    """Pick the template; raise `InvalidRequest` where two names differ or a name isn't known."""
+    """Pick the template; raise `InvalidRequest` where two names differ or a name isn't known, or is no name."""
+    if config is not None and not isinstance(config, ChatTemplateConfig):
+        kind = type(config).__name__
+        raise InvalidRequest(f"chat_template_config is a ChatTemplateConfig, not {kind}", param="chat_template_config")
+    if not isinstance(model_name, str | None):
+        raise InvalidRequest(f"model_name is a chat template's name, not {model_name!r:.80}", param="model_name")
     named = {"chat_template_config.model_name": config.model_name if config else None, "model_name": model_name or None}
     named["backend_config.model_name"] = engine_model_name or None
     given = {param: name for param, name in named.items() if name}

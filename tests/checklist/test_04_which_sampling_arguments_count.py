@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
+from typing import Any
 
 import pytest
 
 from engine.async_engine import LEGACY_DEFAULTS, AsyncEngine
-from headrace import GenerationConfig, Response
+from headrace import GenerationConfig, InvalidRequest, Response
 
 GREEDY = GenerationConfig(max_new_tokens=8)
 
@@ -43,6 +45,23 @@ def test_deprecated_arguments_warn_and_count(pipe: AsyncEngine) -> None:
     assert answer.generate_token_len == 6
     assert sorted(str(w.message).split()[0] for w in caught) == ["ignore_eos", "request_output_len", "top_k"]
     assert answer.token_ids == one(pipe("water", GenerationConfig(max_new_tokens=6, ignore_eos=True))).token_ids
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 3}, [GREEDY], [], "greedy", 0], ids=repr)
+def test_what_is_no_gen_config_is_refused_by_name(pipe: AsyncEngine, wrong: Any) -> None:
+    async def generate() -> None:
+        async for _ in pipe.generate("water", wrong):
+            pass
+
+    calls = [
+        lambda: asyncio.run(generate()),
+        lambda: pipe.chat("water", gen_config=wrong),
+        lambda: pipe(iter(["water"]), wrong),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidRequest, match="GenerationConfig") as refused:
+            call()  # type: ignore[no-untyped-call]
+        assert refused.value.param == "gen_config"
 
 
 def test_gen_config_wins_with_a_warning(pipe: AsyncEngine) -> None:

@@ -15,7 +15,7 @@ from engine.executor import LocalExecutor
 from engine.model_info import read_config
 from engine.models.spec import ModelSpec
 from engine.options import EngineOptions, resolve
-from headrace.config import PytorchEngineConfig, TurbomindEngineConfig
+from headrace.config import GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig
 from headrace.errors import InvalidRequest, KVCapacity, UnsupportedOption
 
 
@@ -104,6 +104,13 @@ def test_what_the_model_cant_do_is_refused_by_name(tiny_model_dir: Path, fields:
     with pytest.raises(InvalidRequest) as refused:
         resolve(str(tiny_model_dir), PytorchEngineConfig(**fields))
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("config", [{"tp": 1}, "pytorch", GenerationConfig()], ids=lambda config: type(config).__name__)
+def test_what_is_no_engine_config_is_refused_by_name(tiny_model_dir: Path, config: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"backend_config is a .* not {type(config).__name__}") as refused:
+        resolve(str(tiny_model_dir), config)
+    assert refused.value.param == "backend_config"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 0, reason="this host has a CUDA device")

@@ -124,6 +124,21 @@ def test_order_of_choice(tokenizer: Tokenizer) -> None:
         choose(tokenizer, name="internlm-9")
 
 
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"config": "vicuna"}, "chat_template_config"),
+        ({"config": {"model_name": "vicuna"}}, "chat_template_config"),
+        ({"model_name": ["vicuna"]}, "model_name"),
+        ({"model_name": 5}, "model_name"),
+    ],
+)
+def test_what_is_no_template_is_refused_by_name(tokenizer: Tokenizer, given: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{param} is a") as refused:
+        choose_template(tokenizer, **{"config": None, "model_name": None, "engine_model_name": None, **given})
+    assert refused.value.param == param
+
+
 def test_own_parts_of_the_caller(tokenizer: Tokenizer) -> None:
     config = ChatTemplateConfig(
         "puyu", system="<s>", meta_instruction="M", eosys="</s>", user="U:", eoh="\n", assistant="A: ", eoa="!"
