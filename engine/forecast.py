@@ -79,13 +79,13 @@ class Forecast:
             default=0,
         )
 
-    def add(self, load: Load) -> bool:
-        """Add a request if the peak stays within the capacity; tell whether it was added."""
+    def add(self, load: Load, *, anyway: bool = False) -> bool:
+        """Add a request if the peak stays within the capacity, or `anyway`; tell whether it was added."""
         entry = (-load.left, load.size)
         insort(self._loads, entry)
         self._sum += load.left + load.size
         # The sum of all final sizes bounds the peak; while it fits, the exact peak need not be computed.
-        if self._sum <= self._capacity or self.peak() <= self._capacity:
+        if anyway or self._sum <= self._capacity or self.peak() <= self._capacity:
             return True
         self._loads.remove(entry)
         self._sum -= load.left + load.size

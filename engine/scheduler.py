@@ -356,8 +356,8 @@ class Scheduler:
         if missing + idle > self.pool.num_free:
             return False
         sequence.shared_blocks = len(cached) - idle
-        # With nobody else there the forecast has no say: add() has made sure that it fits alone.
-        return forecast.add(self._load(sequence)) or not self._running
+        # With nobody else there the forecast has no say: add() has made sure that it fits alone. But those behind it are held to it.
+        return forecast.add(self._load(sequence), anyway=not self._running)
 
     def _load(self, sequence: SequenceState) -> Load:
         allowed = sequence.final - sequence.num_prompt

@@ -133,6 +133,17 @@ def test_the_forecast_prevents_preemption_where_lengths_are_known():
     assert most >= 15, "the forecast leaves the pool empty"
 
 
+def test_nobody_is_let_in_beside_one_that_takes_the_whole_pool():
+    """Who comes in with it, in the same step, would be thrown out again, and its prompt computed twice."""
+    engine, _ = make(num_blocks=10, max_batch_size=4, prefill_interval=1, max_prefill_token_num=256)
+    engine.add(request("all", [3] * 100, max_new_tokens=60, ignore_eos=True))
+    engine.add(request("small", [4] * 16, max_new_tokens=60, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    stats = engine.stats()
+    assert (stats.preemptions, stats.computed_tokens) == (0, 100 + 16 + 2 * 59)
+
+
 loads = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)).map(lambda pair: Load(*pair)), max_size=8)
 
 
