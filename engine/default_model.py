@@ -90,6 +90,9 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _convert_atomically(source: Path, target: Path) -> None:
+    """Convert in a folder beside the target, under the lock."""
+    for left in target.parent.glob(f".{DIRECTORY}.*/"):  # 270 MB by a process that was killed: whoever works holds the lock
+        shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{DIRECTORY}.", dir=target.parent))
     try:
         convert(source, scratch)

@@ -67,6 +67,9 @@ def test_the_name_smollm2_is_the_converted_directory(smollm2: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_convert_once_and_leave_nothing_half_done(tmp_path: Path) -> None:
+    killed = tmp_path / "models" / f".{default_model.DIRECTORY}.killed"  # what a third one had written when it was killed
+    killed.mkdir(parents=True)
+    (killed / "model.safetensors").write_bytes(b"half")
     code = f"import os; os.environ['HEADRACE_HOME'] = {str(tmp_path)!r}\nfrom engine.default_model import default_model_dir\nprint(default_model_dir())"
     root = str(Path(__file__).parents[2])
     both = [
