@@ -130,6 +130,8 @@ class _Form:
             self._upload.expires_in_s = self._life_s()
         if self._fields.get("expires_after[anchor]", b"created_at") != b"created_at":
             raise InvalidRequest("expires_after[anchor] must be 'created_at'", param="expires_after[anchor]")
+        if is_complete and "expires_after[anchor]" in self._fields and "expires_after[seconds]" not in self._fields:
+            raise InvalidRequest("expires_after[anchor] needs expires_after[seconds] beside it", param="expires_after[seconds]")
 
     def _life_s(self) -> float | None:
         text = self._fields.get("expires_after[seconds]")

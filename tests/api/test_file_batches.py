@@ -296,6 +296,9 @@ def test_a_file_that_expires_says_when(client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as refused:
         client.files.create(file=("a.jsonl", b"{}"), purpose="assistants")
     assert refused.value.param == "purpose"
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.files.create(file=("a.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at"})  # type: ignore[typeddict-item]
+    assert refused.value.param == "expires_after[seconds]", "half of it would be ignored"
     assert [stored.id for stored in client.files.list()] == [file.id], "nothing of the refused ones is stored"
 
 
