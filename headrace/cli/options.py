@@ -74,13 +74,19 @@ def port(text: str) -> int:
 
 
 def check_output(output: Path | None, *, source: Path | None = None) -> None:
-    """Raise `InvalidRequest` before any work where the answers would go into a directory or over the prompts."""
+    """Make the folder of the answers; raise `InvalidRequest` before any work where they would go into a directory or over the prompts."""
     if output is None:
         return
     if output.is_dir():
         raise InvalidRequest(f"-o {output} is a directory; name a file", param="-o")
     if source is not None and output.exists() and source.exists() and output.samefile(source):
         raise InvalidRequest(f"-o {output} is the input, which the answers would replace; name another file", param="-o")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"-o {output}: its folder can't be made: {error.strerror}", param="-o") from None
+    if not os.access(output.parent, os.W_OK):
+        raise InvalidRequest(f"-o {output}: its folder can't be written to; name another", param="-o")
 
 
 def read_object(option: str, text: str | None) -> dict[str, Any]:

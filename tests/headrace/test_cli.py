@@ -20,7 +20,7 @@ from headrace.cli import console, main, parser
 from headrace.cli.batches import exit_code, refuse_bad_rows, wait_with_progress, write_results
 from headrace.cli.doctor import _server as find_server
 from headrace.cli.doctor import _spool as find_spool
-from headrace.cli.options import read_object, server_url
+from headrace.cli.options import check_output, read_object, server_url
 from headrace.cli.up import hide_password
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig
@@ -106,6 +106,7 @@ def test_a_malformed_command_line_ends_with_2(arguments: list[str], capsys: pyte
         (["submit", "in.jsonl", "--wait", "-o", "in.jsonl"], 2, "is the input"),
         (["demo", "--prompts", "in.jsonl", "-o", "in.jsonl"], 2, "is the input"),
         (["results", "batch_0", "-o", "."], 2, "is a directory"),
+        (["submit", "--prompt", "x", "--wait", "-o", "in.jsonl/answers/out"], 2, "can't be made"),
         (["up", "--redis-url", "redis://host:port"], 2, "--redis-url must be a URL"),
         (["bench", "nonsense"], 1, "there is no benchmark 'nonsense'"),
     ],
@@ -322,6 +323,12 @@ def test_bench_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 0
     names = capsys.readouterr().out.split()
     assert names == sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py"))
+
+
+def test_the_folder_of_the_answers_is_there_before_the_work(tmp_path: Path) -> None:
+    """A batch of hours must not end at a folder that nobody made; `run` makes it, too."""
+    check_output(tmp_path / "new" / "folder" / "out.jsonl")
+    assert (tmp_path / "new" / "folder").is_dir()
 
 
 def test_objects_come_from_text_or_file(tmp_path: Path) -> None:
