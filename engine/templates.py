@@ -185,6 +185,11 @@ def choose_template(
         raise InvalidRequest(f"{listed} name different chat templates; give one", param="model_name")
     name = next(iter(given.values()), OWN)
     config = config or ChatTemplateConfig(model_name=name)
+    if config.capability not in (None, "chat"):
+        unused = next((field for field in _PART_FIELDS if getattr(config, field)), None)
+        if unused is not None:
+            message = f"ChatTemplateConfig.{unused} has no place where capability={config.capability!r} renders no messages"
+            raise InvalidRequest(message, param=unused)
     return _own_template(tokenizer, config, is_asked_for=bool(given)) if name == OWN else _named_template(tokenizer, config)
 
 

@@ -310,9 +310,11 @@ class ChatTemplateConfig(_Wire):
     eoa: str | None = None
     """Stands after the assistant's text."""
     capability: Literal["completion", "infilling", "chat", "python"] | None = None
-    """'chat' (and None): the template. 'completion', 'python': the text as it is. 'infilling': what belongs at `<FILL>` (codellama)."""
+    """'chat' (and None): the template. 'completion', 'python': the text as it is. 'infilling': what belongs at `<FILL>` (codellama).
+    Only 'chat' takes the parts above."""
     stop_words: tuple[str, ...] = field(default=())
-    """Texts that end the generation, besides the template's own and the model's end-of-sequence tokens."""
+    """Texts that end the generation, besides the template's own and the model's end-of-sequence tokens. Like the template's own
+    they are left out where `ignore_eos` or a `response_format` is asked for."""
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""

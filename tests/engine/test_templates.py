@@ -169,6 +169,15 @@ def test_capability_raw(tokenizer: Tokenizer, capability: Any) -> None:
         assert template.encode("turn") == tokenizer.encode_raw("turn")
 
 
+@pytest.mark.parametrize("capability", ["completion", "python", "infilling"])
+@pytest.mark.parametrize("part", ["system", "meta_instruction", "eosys", "user", "eoh", "assistant", "eoa"])
+def test_a_part_that_nothing_is_rendered_with_is_refused_by_name(tokenizer: Tokenizer, capability: Any, part: str) -> None:
+    for name in ("hf", "codellama"):
+        with pytest.raises(InvalidRequest, match=rf"ChatTemplateConfig\.{part} has no place") as refused:
+            choose(tokenizer, ChatTemplateConfig(name, capability=capability, **{part: "X"}))  # type: ignore[arg-type]
+        assert refused.value.param == part
+
+
 def test_capability_infilling(tokenizer: Tokenizer) -> None:
     template = choose(tokenizer, ChatTemplateConfig("codellama", capability="infilling"))
     assert template.encode("def f(<FILL>): pass") == tokenizer.encode_raw("<PRE> def f( <SUF>): pass <MID>")
