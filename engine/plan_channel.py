@@ -5,7 +5,8 @@ rank that sleeps between two batches, which polling would keep a core busy for, 
 gone. A collective could do neither: it times out in an idle engine.
 
 Memory and socket live in a folder that only this user may enter, and that is gone as soon as all ranks are there: nothing
-is left behind, however the ranks end. Knows nothing of plans: frames are bytes.
+is left behind, however the ranks end. Of ranks that are killed before, names are left, and no memory, until a channel is opened
+a day later. Knows nothing of plans: frames are bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported
 
 from headrace.errors import RankLost
 
+_PREFIX = "headrace-plans-"
 _KEY = "plans"  # the store's key under which rank 0 says where the channel is
 _NOTICE = struct.Struct("<QB")  # length of a frame; where it is
 _SHARED, _INLINE = 0, 1
@@ -31,6 +34,7 @@ _SLOTS = 4
 _SLOT_BYTES = 4 << 20
 _READ = b"\x01"
 _JOIN_TIMEOUT = timedelta(minutes=10)  # loading a large model from a slow disk, rank by rank
+_ABANDONED_S = 86400.0  # nobody joins for so long
 
 
 def lost_rank(error: object) -> RankLost:
@@ -38,10 +42,20 @@ def lost_rank(error: object) -> RankLost:
     return RankLost(f"a tensor-parallel rank is gone ({error}); the engine has to be started again")
 
 
-def _folder() -> Path:
-    """Make a private folder, in memory where the system has such a place."""
+def _memory() -> Path:
+    """Give the place for folders: in memory where the system has such one."""
     memory = Path("/dev/shm")  # noqa: S108  # the folder made in it is this user's alone
-    return Path(tempfile.mkdtemp(prefix="headrace-", dir=memory if os.access(memory, os.W_OK) else None))
+    return memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _folder() -> Path:
+    """Make a private folder, and remove those of ranks that were killed while they joined."""
+    memory, oldest = _memory(), time.time() - _ABANDONED_S
+    for left in memory.glob(f"{_PREFIX}*/"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if left.stat().st_mtime < oldest:
+                shutil.rmtree(left, ignore_errors=True)  # or another user's
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
 
 
 def _accept(server: socket.socket) -> socket.socket:

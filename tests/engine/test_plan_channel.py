@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -92,6 +93,20 @@ def test_a_slow_rank_is_waited_for(folder: Path, rendezvous: Rendezvous) -> None
     sender.close()
     assert receiver.receive() is None
     receiver.close()
+
+
+def test_what_a_rank_left_that_was_killed_while_the_others_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_channel, "_memory", lambda: tmp_path)
+    joining, left = plan_channel._folder(), plan_channel._folder()
+    strangers = [tmp_path / "headrace-notes", tmp_path / "other"]
+    for folder in (joining, left, *strangers):
+        folder.mkdir(exist_ok=True)
+        (folder / "plans").touch()
+    long_ago = time.time() - 2 * plan_channel._ABANDONED_S
+    for folder in (left, *strangers):
+        os.utime(folder, (long_ago, long_ago))
+    made = plan_channel._folder()
+    assert set(tmp_path.iterdir()) == {joining, made, *strangers}
 
 
 def test_a_rank_that_is_gone(folder: Path, rendezvous: Rendezvous) -> None:
