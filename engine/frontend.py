@@ -82,6 +82,8 @@ class Frontend:
         self._quarantine: Quarantine[Item] = Quarantine()
         # Set while the engine is asked whether it works at all; an item of nobody's.
         self._proof: Item | None = None
+        # A suspect that came through, until the engine has let go of it: the step that runs may be its end yet, and nobody else's.
+        self._parting: Item | None = None
         self._last_words = ""
         self._failure: HeadraceError | None = None
         self._facts: dict[str, Any] = {}
@@ -224,19 +226,16 @@ class Frontend:
     def on_report(self, report: Report) -> None:
         """Keep the counters and wake who asked."""
         self._engine_stats = report.stats
-        event = self._reports.get(report.number)
-        if event is not None:
+        if (event := self._reports.get(report.number)) is not None:
             event.set()
 
     def on_death(self, error: HeadraceError) -> None:
         """Take everything back; who was inside is tried before anything else runs."""
         self._counts["engine_deaths"] += 1
         self._last_words = error.message
-        victims = sorted(
-            {live.item for live in self._live.values() if live.item is not self._proof}, key=lambda item: item.handle
-        )
+        victims = sorted({live.item for live in self._live.values()} - {self._proof}, key=lambda item: item.handle)
         self._live.clear()
-        self._proof = None
+        self._proof = self._parting = None
         for item in victims:
             item.start_over(is_death=True)
         if self._quarantine.is_open:
@@ -316,18 +315,21 @@ class Frontend:
             if item.on_delta is not None and (piece.text or piece.token_ids or builder.result):
                 self._stream(item.on_delta, item.delta(builder, piece))
         if output.finish_reason is None and builder.result is None:
-            if item is self._quarantine.in_short_trial and item.has_begun:
+            if item is self._quarantine.in_short_trial and item is not self._parting and item.has_begun:
                 self._acquit(item)
             return
         item.note(output, builder.index)
         del self._live[output.request_id]
         if output.finish_reason is None:  # ended by a stop word: the engine doesn't know yet
             self._supervisor.send(Abort((output.request_id,)))
-        if output.error is not None:
+        if output.error is not None and not (item is self._parting and output.finish_reason == "abort"):
             self._withdraw(item)
             self._finish(item, output.error)
         elif item.size == 0:
             self._finish(item, None)
+        elif item is self._parting and not self._live:
+            item.start_over(is_death=False)
+            self._pending.appendleft(item)
 
     def _stream(self, on_delta: OnDelta, delta: Delta) -> None:
         try:
@@ -344,20 +346,19 @@ class Frontend:
             self._supervisor.send(Abort(ids))
 
     def _abort(self, handle: int) -> None:
-        item = self._items.get(handle)
-        if item is not None:
+        if (item := self._items.get(handle)) is not None:
             self._withdraw(item)
             self._finish(item, CompletionError.of(RequestAborted()))
             self._fill()
 
     def _acquit(self, item: Item) -> None:
-        """Let a suspect go that came as far as its first token, and the next one in, or everybody."""
-        if self._quarantine.has_waiting:
-            self._withdraw(item)
-            item.start_over(is_death=False)
-            self._pending.appendleft(item)
+        """Let a suspect go that came as far as its first token, and then the next one in; or everybody, at once."""
         self._supervisor.note_progress()
-        self._quarantine.acquit()
+        if self._quarantine.has_waiting:
+            self._parting = item
+            self._supervisor.send(Abort(tuple(self._live)))
+        else:
+            self._quarantine.acquit()
 
     def _ask_for_proof(self) -> None:
         """Give the engine one token to continue: only an engine that can do that convicts a prompt."""

@@ -161,6 +161,19 @@ def test_a_prompt_that_kills_after_its_first_token_is_found_too(make: Make, monk
     assert frontend.stats()["engine_deaths"] <= 2 + math.log2(32) + 2
 
 
+def test_who_is_tried_behind_one_that_kills_at_its_second_token_is_not_blamed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token acquits; the step that follows is launched by then, and kills the engine in which the next one is already."""
+    monkeypatch.setenv("FAKE_DELAY_S", "0.5")
+    frontend, box = make(), Mailbox()
+    monkeypatch.setenv("FAKE_DELAY_S", "0")  # of the engines that come
+    for index, what in enumerate((doing(fake_engine.LATE), PLAIN, doing(fake_engine.LATE))):
+        submit(frontend, box, 1, what, first=index)
+    errors = {index: completion.error.code for index, completion in box.take(3).items() if completion.error}
+    assert errors == {0: "poison_prompt", 2: "poison_prompt"}
+
+
 def test_an_engine_that_dies_of_everything_convicts_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     frontend, box = make(limits=Limits(max_deaths=8)), Mailbox()
     monkeypatch.setenv("FAKE_BROKEN", "1")

@@ -15,6 +15,7 @@ from pathlib import Path
 from engine.protocol import Abort, AskReport, Close, Failed, Outputs, Ready, Report, Start, Submit
 from engine.rank import ParentPipe
 from engine.request import TokenOutput, TokenRequest
+from headrace.completion import CompletionError
 
 POISON, HANG, RAISE, SLOW, LATE = 301, 302, 303, 304, 305
 """Kills the engine; makes it hang; makes it report a failure; is answered after ten seconds; kills it where its end would come."""
@@ -32,6 +33,13 @@ def _begin(request: TokenRequest) -> TokenOutput:
 def _answer(request: TokenRequest) -> TokenOutput:
     tokens = request.prompt_ids[int(_is_begun(request)) : request.max_new_tokens]
     return TokenOutput(request_id=request.request_id, token_ids=tokens, finish_reason="length", stop_detail=request.limit)
+
+
+def _aborted(request_id: str) -> TokenOutput:
+    """What an engine says when it has let go of a request."""
+    return TokenOutput(
+        request_id=request_id, token_ids=(), finish_reason="abort", error=CompletionError(code="aborted", message="")
+    )
 
 
 def _start(pipe: ParentPipe) -> None:
@@ -81,8 +89,8 @@ def main() -> None:
                             pipe.send(Outputs((_begin(request),)))
                         waiting[request.request_id] = (time.monotonic() + (10 if SLOW in request.stop_ids else delay), request)
                 case Abort(request_ids):
-                    for request_id in request_ids:
-                        waiting.pop(request_id, None)
+                    ended = [request_id for request_id in request_ids if waiting.pop(request_id, None) is not None]
+                    pipe.send(Outputs(tuple(_aborted(request_id) for request_id in ended)))
                 case AskReport(number):
                     pipe.send(Report(number, {"seen": seen.qsize()}))
                 case Close():
