@@ -7,7 +7,8 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 
-from fault_ground import Say, ground, texts
+from fault_ground import Ground, Say, ground, texts
+from worker_process import HeadraceProcess, wait_for
 
 from headrace.crash import CRASH_POINTS
 
@@ -36,10 +37,29 @@ def die(rounds: Sequence[Sequence[str]], say: Say) -> dict[str, int | float]:
         for points in rounds:
             batch_ids += [field.service.submit(texts(ROWS), send=False) for _ in points]
             for worker in [field.worker(pause_s=0.05, crash_at=armed) for armed in points]:
-                assert worker.wait(60) == -signal.SIGKILL, worker.log_tail()
+                batch_ids += _feed_until_it_dies(field, worker)
         say(f"{dict(deaths)}: {sum(field.service.done(batch_id) for batch_id in batch_ids)} rows")
         field.worker(pause_s=0.05)
         field.wait_over(*batch_ids, timeout_s=90)
         counts = sum((Counter(field.judge(batch_id, texts(ROWS))) for batch_id in batch_ids), Counter())
     names = {"lost": 0, "doubled": 0, "failed": 0}
     return {**names, **counts, "deaths": deaths.total(), **{f"at_{point}": count for point, count in deaths.items()}}
+
+
+def _feed_until_it_dies(field: Ground, worker: HeadraceProcess) -> list[str]:
+    """Wait for a worker's death at its point; return the batches that it needed for that beside the one that is there.
+
+    One transaction takes the rows of as many chunks as are ready: a batch may be over before the third passage of a point.
+    """
+    more: list[str] = []
+
+    def has_died() -> bool:
+        if worker.process.poll() is not None:  # type: ignore[union-attr]  # it was started
+            return True
+        if not field.service.store.count_open_prompts():
+            more.append(field.service.submit(texts(ROWS), send=False))
+        return False
+
+    wait_for(has_died, timeout_s=60, what="the worker dies at its point", every_s=0.2)
+    assert worker.wait(1) == -signal.SIGKILL, worker.log_tail()
+    return more
