@@ -54,6 +54,7 @@ def run(*, long: bool, seed: int, say: Callable[[str], None]) -> dict[str, int |
     times, seen = sorted(walk.cancel_s), walk.seen
     p99 = times[int(0.99 * len(times))]
     assert p99 < CANCEL_P99_S, f"cancel p99 {p99:.2f} s of {len(times)}"
+    assert seen["kept"] or not long, "no cancel found an answer to keep: nothing was tested"
     steps = _steps_until_free(random.Random(seed))
     assert steps <= MOST_STEPS, f"{steps} steps from the abort of all prompts to an engine without one"
     return {
@@ -106,7 +107,7 @@ class Walk(RuleBasedStateMachine):
         self._prompts[batch_id] = prompts
         return batch_id
 
-    @rule(ms=st.integers(1, 300))
+    @rule(ms=st.integers(1, 300) | st.just(round(1.4e3 * PAUSE_S)))  # long enough for answers to be there, now and then
     def let_time_pass(self, ms: int) -> None:
         time.sleep(ms / 1000)
 
