@@ -64,8 +64,8 @@ def test_readiness_names_each_part(http: httpx.Client, store: Store, redis_serve
 
 def test_a_silent_worker_is_no_worker(settings: Settings, store: Store, broker: Broker) -> None:
     store.register_worker("a@host", host="host", model="echo")
-    with LiveApi(replace(settings, models="echo", lease_s=0.2), store=store, broker=broker) as api, api.http() as http:
-        wait_until(lambda: http.get("/readyz").status_code == 503, timeout_s=5)
+    with LiveApi(replace(settings, models="echo", lease_s=1.0), store=store, broker=broker) as api, api.http() as http:
+        wait_until(lambda: http.get("/readyz").status_code == 503, timeout_s=15)
         assert "stopped reporting" in http.get("/readyz").json()["checks"][2]["detail"]
         store.heartbeat("a@host")
         assert http.get("/readyz").status_code == 200

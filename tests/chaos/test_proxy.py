@@ -69,7 +69,7 @@ def test_latency_counts_each_way(proxy: Proxy) -> None:
         proxy.latency_s = 0.1
         started = time.monotonic()
         assert ask(link, b"slow") == b"slow"
-        assert 0.2 <= time.monotonic() - started < 0.5
+        assert 0.2 <= time.monotonic() - started < 2
 
 
 def test_a_cut_and_a_share_of_resets(proxy: Proxy) -> None:

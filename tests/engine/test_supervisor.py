@@ -209,8 +209,8 @@ def test_hanging_engine_is_killed_by_the_watchdog(make: Make) -> None:
 
 
 def test_idle_engine_is_not_taken_for_hanging(make: Make) -> None:
-    frontend, box = make(limits=Limits(watchdog_s=0.3, poll_s=0.05)), Mailbox()
-    time.sleep(0.8)
+    frontend, box = make(limits=Limits(watchdog_s=1.0, poll_s=0.05)), Mailbox()
+    time.sleep(2)
     submit(frontend, box, 3)
     assert {completion.attempts for completion in box.take(3).values()} == {1}
 

@@ -83,11 +83,11 @@ def test_in_flight_are_sent_and_held_chunks(store: Store) -> None:
 def test_a_live_lease_keeps_others_out_and_a_lapsed_one_lets_them_in(store: Store) -> None:
     batch = submit(store, 4)
     (ref,) = send(store)
-    zombie = store.claim_chunk(ref.chunk_id, worker="zombie", lease_s=0.15)
+    zombie = store.claim_chunk(ref.chunk_id, worker="zombie", lease_s=60)
     assert zombie is not None
     assert store.claim_chunk(ref.chunk_id, worker="heir", lease_s=60) is None
     store.record(zombie, answers([0, 1]))  # also extends the lease
-    time.sleep(0.2)
+    lapse(store, ref.chunk_id)
     heir = claim_one(store, ref.chunk_id, "heir")
     assert (heir.epoch, heir.attempt) == (2, 2)
     assert [item.index for item in store.pending(heir)] == [2, 3], "what the zombie wrote in time is not done again"
@@ -243,9 +243,9 @@ def test_workers_are_known_by_their_last_word(store: Store) -> None:
     assert one.heartbeat_at >= one.started_at
     assert 0 <= one.age_s < 5
     assert [worker.id for worker in store.list_workers(model="n")] == [two.id]
-    time.sleep(0.1)
+    time.sleep(1.1)
     store.heartbeat("w2")
-    assert [worker.id for worker in store.list_workers(max_age_s=0.09)] == ["w2"]
+    assert [worker.id for worker in store.list_workers(max_age_s=1.0)] == ["w2"]
     store.register_worker("w1", host="h9", model="m")
     assert [(worker.id, worker.host) for worker in store.list_workers()] == [("w2", "h2"), ("w1", "h9")]
     store.remove_worker("w1")
