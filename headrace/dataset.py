@@ -6,6 +6,7 @@ A row is a JSON string, `{"prompt": TEXT}`, or `{"messages": [{"role": ..., "con
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator
@@ -75,6 +76,8 @@ def digest(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Digest:
 
 def parse_json(text: bytes, *, line: int) -> Any:
     """Decode one line. Raise `InvalidRequest` saying where it is not UTF-8 or not JSON."""
+    if line == 1:  # editors and spreadsheets mark a file as UTF-8 so; it is no part of its first row
+        text = text.removeprefix(codecs.BOM_UTF8)
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:

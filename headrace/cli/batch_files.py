@@ -63,6 +63,7 @@ def submit(client: Client, arguments: argparse.Namespace, endpoint: str) -> Batc
             model=arguments.model,
             metadata=options.read_object("--metadata", arguments.metadata) or None,
             priority=arguments.priority,
+            completion_window=arguments.completion_window,
             idempotency_key=arguments.idempotency_key,
             on_progress=lambda sent: bar.update(sent >> 20),
         )

@@ -40,6 +40,12 @@ def add_commands(commands: Any) -> None:
     options.add_gen_config(submit)
     submit.add_argument("--metadata", metavar="JSON", help="up to 16 pairs of texts")
     submit.add_argument("--priority", type=int, default=0, help="higher is served first (default: %(default)s)")
+    submit.add_argument(
+        "--completion-window",
+        default="24h",
+        metavar="TIME",
+        help="what is not answered by then expires: 90s, 15m, 24h, 7d (default: %(default)s)",
+    )
     submit.add_argument("--idempotency-key", help="sending the same batch under the same key again returns the first one")
     submit.add_argument("--wait", action="store_true", help="wait for the end, with progress")
     submit.add_argument("-o", "--output", type=Path, help="with --wait: write the answers here as JSONL")
@@ -98,6 +104,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
             model=arguments.model,
             metadata=options.read_object("--metadata", arguments.metadata) or None,
             priority=arguments.priority,
+            completion_window=arguments.completion_window,
             idempotency_key=arguments.idempotency_key,
         )
         if not arguments.wait:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
 import pytest
 
+from headrace.batch import CHAT, Item
+from headrace.batch_input import Rules, reader
 from headrace.completion import CompletionError
 from headrace.dataset import Row, digest, read_rows
 from headrace.errors import NotFound
@@ -28,6 +31,17 @@ def test_the_three_forms(tmp_path: Path) -> None:
         (1, 2, "x", "a"),
         (2, 3, None, TALK),
     ]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row_and_an_error_elsewhere(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, codecs.BOM_UTF8 + b'"a"', codecs.BOM_UTF8 + b'"b"')
+    assert rows[0].prompt == "a"
+    assert isinstance(rows[1].prompt, CompletionError)
+    request = {"custom_id": "x", "method": "POST", "url": CHAT, "body": {"messages": TALK}}
+    read = reader(Rules(endpoint=CHAT, model="m", served=("m",), max_prompt_bytes=1000))
+    item = read(1, codecs.BOM_UTF8 + json.dumps(request).encode())
+    assert isinstance(item, Item)
+    assert item.custom_id == "x"
 
 
 def test_blank_lines_are_no_rows(tmp_path: Path) -> None:

@@ -152,12 +152,14 @@ def test_up_serves_survives_a_dead_worker_and_leaves_nothing_running(tmp_path: P
             "two",
             "--gen-config",
             '{"max_new_tokens": 4}',
+            "--completion-window",
+            "7d",
             "--wait",
             "--json",
         )
         assert submitted.returncode == 0, submitted.stderr
         batch = json.loads(submitted.stdout)
-        assert (batch["status"], batch["request_counts"]["completed"]) == ("completed", 2)
+        assert (batch["status"], batch["request_counts"]["completed"], batch["completion_window"]) == ("completed", 2, "7d")
 
         what_the_readme_shows_works(urls["api"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fault_ground import Say, ground, texts
 from fault_senders import LoggedBroker, environ_of, healing_times, sendings
 
@@ -28,7 +30,9 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
         lost = sum(not sending.arrived for sending in sent)
         say(f"{lost} of {len(sent)} messages lost, the slowest healed after {max(times):.1f} s")
         allowed_s = field.settings.requeue_grace_s + field.settings.reconcile_interval_s + SLACK_S
-        assert lost >= 0.1 * len(sent), f"only {lost} of {len(sent)} messages were lost"
+        # One in five at random: four standard deviations below that is what no honest draw falls short of.
+        fewest = max(1.0, 0.2 * len(sent) - 4 * math.sqrt(0.2 * 0.8 * len(sent)))
+        assert lost >= fewest, f"only {lost} of {len(sent)} messages were lost"
         assert max(times) <= allowed_s, f"a lost message was missed for {max(times):.1f} s; {allowed_s} s are promised"
         return {
             **counts, "chunks": -(-rows // 16), "messages": len(sent), "messages_lost": lost,
