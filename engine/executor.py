@@ -37,11 +37,11 @@ from engine.profile import activation_bytes
 from engine.runner import Forward, Runner
 from engine.sampler import Sampler
 from engine.scorer import Scorer
-from engine.state_table import StateTable
+from engine.state_table import StateTable, table_bytes
 from engine.stopwatch import Stopwatch
 from engine.token_automata import TokenAutomata
 from engine.token_masks import TokenMasks
-from headrace.errors import OutOfDeviceMemory
+from headrace.errors import InvalidRequest, OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
 
@@ -146,11 +146,20 @@ def _measure(
     free = max(0, kv_cache.free_memory(device) - activations)
     if device.type == "cpu":
         free //= group.size  # the ranks share the host's memory
+    requests = table_bytes(num_slots=options.max_batch_size, session_len=options.session_len, block_size=options.block_size)
+    if requests >= free:
+        raise InvalidRequest(
+            f"max_batch_size={options.max_batch_size} requests of session_len={options.session_len} tokens need {requests} bytes for "
+            f"their token ids and block tables, but {free} are free; lower max_batch_size or session_len",
+            param="max_batch_size",
+        )
+    free -= requests
     # Every rank must hold the same number of blocks: the plan of one scheduler names blocks for all of them.
     num_blocks = group.smallest(kv_cache.choose_num_blocks(options, one_block=one_block, free=free))
     return MemoryReport(
         weights=decoder.weight_bytes,
         activations=activations,
+        requests=requests,
         kv_pool=num_blocks * one_block,
         kv_block=one_block,
         num_blocks=num_blocks,

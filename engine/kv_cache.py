@@ -35,6 +35,8 @@ class MemoryReport:
     weights: int
     activations: int
     """Measured on a GPU; 0 on a CPU, where it isn't."""
+    requests: int
+    """The token ids and block tables of `max_batch_size` running requests."""
     kv_pool: int
     kv_block: int
     num_blocks: int

@@ -63,6 +63,12 @@ def upload(values: npt.NDArray[np.integer[Any]], device: torch.device) -> Tensor
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
+def table_bytes(*, num_slots: int, session_len: int, block_size: int) -> int:
+    """Bytes that a `StateTable` of this size takes: an int32 for each position, two block tables, and a few words."""
+    a_slot = 4 * (session_len + 1) + 2 * 4 * -(-session_len // block_size) + 64
+    return num_slots * a_slot
+
+
 class StateTable:
     """Token ids and block tables of `num_slots` requests."""
 

@@ -151,7 +151,9 @@ def _engine() -> Iterator[Finding]:
         return
     budget, block_size = report["engine"], report["options"]["block_size"]
     yield Finding("engine", "ok", f"{report['architecture']}, {budget['dtype']} on {budget['device']}, tp {budget['tp']}")
-    sizes = ", ".join(f"{name} {budget[name] / 2**30:.2f} GiB" for name in ("weights", "activations", "graphs", "kv_pool"))
+    sizes = ", ".join(
+        f"{name} {budget[name] / 2**30:.2f} GiB" for name in ("weights", "activations", "requests", "graphs", "kv_pool")
+    )
     yield Finding(
         "memory", "ok", f"{sizes}: {budget['num_blocks']} blocks, {budget['num_blocks'] * block_size} tokens of KV on each rank"
     )
