@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from hashlib import sha256
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Request, Response
 from pydantic import AfterValidator, BaseModel
@@ -26,6 +26,8 @@ from headrace.screening import screen
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/batches", tags=["Batches"])
 
+WRITE_PATIENCE_S: Final = 1.0
+"""A cancel or a deletion of a million prompts writes for many seconds; a request waits for so many, the rest goes on behind it."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -198,9 +200,13 @@ def get_batch(
     responses={200: examples.CANCELLING, **examples.problems(404, 409)},
 )
 def cancel_batch(batch_id: BatchId, services: ServicesDep) -> Response:
-    """Stop a batch. What is answered stays; every other index gets the error `batch_cancelled`. 409 when it is over already."""
-    batch = services.store.cancel_batch(batch_id)
-    services.hurry_workers()
+    """Stop a batch. What is answered stays; every other index gets the error `batch_cancelled`. 409 when it is over already.
+
+    `cancelling`: a worker has yet to hand in what it was at, or so many prompts are open that their errors are still being written.
+    """
+    batch = services.store.cancel_batch(batch_id, when_stopped=services.hurry_workers, within_s=WRITE_PATIENCE_S)
+    if batch.status is BatchStatus.CANCELLING:
+        services.wake_readers()
     log.info(
         "batch is being cancelled; workers stop at once",
         extra={"event": "batch_cancel_requested", "batch_id": batch.id, "status": batch.status},
@@ -236,7 +242,8 @@ def retry_batch(batch_id: BatchId, services: ServicesDep, idempotency_key: Idemp
 @router.delete("/{batch_id}", status_code=204, summary="Delete a batch", responses=examples.problems(404, 409))
 def delete_batch(batch_id: BatchId, services: ServicesDep) -> Response:
     """Delete a batch that is over, with its prompts and its results, for good. 409 while it is not over: cancel it first."""
-    services.store.delete_batch(batch_id)
+    services.store.delete_batch(batch_id, within_s=WRITE_PATIENCE_S)
+    services.wake_readers()
     log.info("batch deleted with its results", extra={"event": "batch_deleted", "batch_id": batch_id})
     return Response(status_code=204)
 

@@ -90,7 +90,8 @@ def _no_file(file_id: str) -> NotFound:
 class Readers:
     """Threads that read the files of batches while they are `validating`: those of this process's requests, and those left behind.
 
-    They also count the bytes of the files of batches that are over.
+    They also go on with cancels and deletions that were too long for a request, and count the bytes of the files of batches that
+    are over.
     """
 
     def __init__(self, services: Services) -> None:
@@ -108,7 +109,7 @@ class Readers:
             thread.start()
 
     def wake(self) -> None:
-        """Say that there is something to read."""
+        """Say that there is something to do."""
         self._work.set()
 
     def close(self) -> None:
@@ -135,6 +136,7 @@ class Readers:
                     # There may be another for the other thread.
                     self._work.set()
                     self._services.send_chunks(model=self._services.store.get_batch(done).model)
+                self._services.store.close_and_erase(stop=self._stop.is_set)
                 while count_next(self._services.store, stop=self._stop.is_set):
                     pass
             except (StoreUnavailable, StorageFull) as error:

@@ -40,7 +40,7 @@ class Services:
         self._owns_store = store is None
         self._owns_broker = broker is None
         self.wake_readers: Callable[[], None] = lambda: None
-        """Tells the readers of files that there is a new one. Set by the application."""
+        """Tells the readers of files that there is something to do for them. Set by the application."""
         # What was true once stays true; what was not is looked up again.
         self._asks_for_keys = False
         self._look_for_keys_at = 0.0

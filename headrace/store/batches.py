@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, tuple_, update
 
-from headrace.batch import Batch, BatchStatus, Item, RequestCounts
+from headrace.batch import Batch, BatchStatus, RequestCounts
 from headrace.completion import TokenUsage
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound
@@ -146,25 +146,6 @@ def count_open_prompts(connection: Connection) -> int:
     is_open = batches.c.status.in_([BatchStatus.IN_PROGRESS.value, BatchStatus.CANCELLING.value])
     query = select(func.sum(batches.c.total - batches.c.completed - batches.c.failed)).where(OPEN, is_open)
     return int(connection.execute(query).scalar() or 0)
-
-
-def failed_prompts(connection: Connection, batch_id: str, *, after: int, limit: int) -> list[tuple[int, Item]]:
-    """Return up to `limit` prompts above index `after` whose completion is an error; those refused at the rim have no body."""
-    failed = exists().where(
-        completions.c.batch_id == prompts.c.batch_id,
-        completions.c.index == prompts.c.index,
-        completions.c.error_code.is_not(None),
-    )
-    rows = connection.execute(
-        select(prompts.c.index, prompts.c.body, prompts.c.gen_config, prompts.c.custom_id)
-        .where(prompts.c.batch_id == batch_id, prompts.c.index > after, prompts.c.body.is_not(None), failed)
-        .order_by(prompts.c.index)
-        .limit(limit)
-    )
-    return [
-        (index, Item(json.loads(body), None if config is None else GenerationConfig.from_dict(json.loads(config)), custom_id))
-        for index, body, config, custom_id in rows
-    ]
 
 
 _IS_DUE: Final = and_(

@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from sqlalchemy import text
 
@@ -20,7 +22,7 @@ from headrace.batch import Batch, BatchStatus, Item, OutputKind, OutputRow
 from headrace.completion import Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import Conflict, NotFound
-from headrace.store import batches, chunks, creation, lifecycle, outputs, results, schema, turns, workers
+from headrace.store import again, batches, chunks, creation, lifecycle, outputs, results, schema, turns, workers
 from headrace.store.admission import check_room
 from headrace.store.files import Files
 from headrace.store.ingest import Ingests
@@ -30,7 +32,9 @@ from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, 
 
 log = logging.getLogger(__name__)
 
-MAX_METADATA: Final = 16
+
+def _never() -> bool:
+    return False
 
 
 class Store:
@@ -137,14 +141,17 @@ class Store:
             lambda connection: batches.find(connection, after=after, limit=limit, status=status, owner=owner)
         )
 
-    def cancel_batch(self, batch_id: str) -> Batch:
-        """Stop a batch.
+    def cancel_batch(self, batch_id: str, *, when_stopped: Callable[[], object] = _never, within_s: float = math.inf) -> Batch:
+        """Stop a batch: nobody begins on its prompts any more; then `when_stopped` is called, to tell those who work on some.
 
         Prompts that nobody works on get the error 'batch_cancelled' now, those of a chunk that a worker holds when the worker
-        reports next (or its lease runs out). Raises `NotFound`, and `Conflict` when the batch is over.
+        reports next (or its lease runs out). What isn't done after `within_s` seconds is left to `close_and_erase`: the batch is
+        `cancelling` till then. Raises `NotFound`, and `Conflict` when the batch is over.
         """
+        until = time.monotonic() + within_s
         self._database.write(lambda connection: batches.begin_cancel(connection, batch_id), repeatable=False)
-        self._close(batch_id)
+        when_stopped()
+        self._close(batch_id, lambda: time.monotonic() > until)
         return self.get_batch(batch_id)
 
     def retry_batch(self, batch_id: str, **options: Any) -> Batch:
@@ -156,37 +163,32 @@ class Store:
         old = self.get_batch(batch_id)
         if not old.status.is_terminal:
             raise Conflict(f"Cannot retry a batch with status '{old.status}'; wait for its end or cancel it.")
-        failed = self._failed_prompts(batch_id)
+        failed = again.failed_prompts(self._database, batch_id)
         first = next(failed, None)
         if first is None:
             raise Conflict("The batch has no failed prompt that could be computed again.")
         options = {"owner": self.owner_of(batch_id), "reserved": old.counts.failed, **options}
         return self.create_batch(
             itertools.chain([first], failed), old.gen_config, model=old.model, priority=old.priority, endpoint=old.endpoint,
-            completion_window=old.completion_window, metadata=_retried(old), **options,
+            completion_window=old.completion_window, metadata=again.metadata_of(old), **options,
         )  # fmt: skip
 
-    def _failed_prompts(self, batch_id: str) -> Iterator[Item]:
-        after = -1
-        while page := self._database.read(
-            lambda connection, after=after: batches.failed_prompts(connection, batch_id, after=after, limit=500)  # type: ignore[misc]
-        ):
-            yield from (item for _, item in page)
-            after = page[-1][0]
-        # Deleted while it was read, the old batch looks as if it ended here: half of its prompts must not pass for all of them.
-        self.get_batch(batch_id)
-
-    def delete_batch(self, batch_id: str) -> None:
+    def delete_batch(self, batch_id: str, *, within_s: float = math.inf) -> None:
         """Delete a batch that is over, with its prompts and results. Raises `NotFound`, and `Conflict` while it is not over.
 
-        It is gone at once; its rows go in short transactions, and what a killed process left of them goes with the next sweep.
+        It is gone at once; its rows go in short transactions, and what is left of them after `within_s` seconds, or by a process
+        that was killed, goes with the next sweep.
         """
+        until = time.monotonic() + within_s
         self._database.write(lambda connection: batches.begin_delete(connection, batch_id), repeatable=False)
-        self._erase(batch_id)
+        self._erase(batch_id, lambda: time.monotonic() > until)
 
-    def _erase(self, batch_id: str) -> None:
+    def _erase(self, batch_id: str, stop: Callable[[], bool]) -> None:
         start = 0
-        while self._database.write(lambda connection, start=start: batches.delete_slice(connection, batch_id, start=start)):  # type: ignore[misc]
+        while (
+            self._database.write(lambda connection, start=start: batches.delete_slice(connection, batch_id, start=start))  # type: ignore[misc]
+            and not stop()
+        ):
             start += batches.DELETE_SLICE
 
     def delete_outlived(self, *, retention_s: float, limit: int = 20) -> int:
@@ -207,20 +209,28 @@ class Store:
         Batches whose window is over end (their open prompts get 'batch_expired'), cancellations whose workers are gone are
         finished, batches whose sender went away before all was stored are given up, deletions that broke off are ended.
         """
-        for batch_id in self._database.read(batches.find_deleting):
-            self._erase(batch_id)
         for batch_id in self._database.read(batches.find_due):
             # One at a time, and waiting for it: a batch that is always being written to is never free at first sight.
             self._database.write(lambda connection, due=batch_id: batches.begin_expire(connection, due))  # type: ignore[misc]
         given_up = self._database.write(batches.give_up_stalled)
         self._database.write(turns.forget_idle)
+        return given_up + self.close_and_erase()
+
+    def close_and_erase(self, *, stop: Callable[[], bool] = _never) -> int:
+        """Go on with cancellations, expiries and deletions where they were left; return how many batches are being stopped.
+
+        The open prompts of batches that stop get their errors, those in chunks that a live worker holds excepted. `stop` is asked
+        after each piece.
+        """
+        for batch_id in self._database.read(batches.find_deleting):
+            self._erase(batch_id, stop)
         stopping = self._database.read(batches.find_stopping)
         for batch_id in stopping:
-            self._close(batch_id)
-        return given_up + len(stopping)
+            self._close(batch_id, stop)
+        return len(stopping)
 
-    def _close(self, batch_id: str) -> None:
-        while self._database.write(lambda connection: lifecycle.close_slice(connection, batch_id)):
+    def _close(self, batch_id: str, stop: Callable[[], bool] = _never) -> None:
+        while self._database.write(lambda connection: lifecycle.close_slice(connection, batch_id)) and not stop():
             pass
 
     # Chunks
@@ -377,12 +387,6 @@ class Store:
     def list_workers(self, *, max_age_s: float | None = None, model: str | None = None) -> list[WorkerInfo]:
         """Return the workers, those heard of within `max_age_s` seconds if given, in order of their start."""
         return self._database.read(lambda connection: workers.read(connection, max_age_s=max_age_s, model=model))
-
-
-def _retried(old: Batch) -> dict[str, str]:
-    """Return the metadata of a retry: the old ones and where they came from, if that doesn't make more than a batch may have."""
-    metadata = {**old.metadata, "retry_of": old.id}
-    return metadata if len(metadata) <= MAX_METADATA else dict(old.metadata)
 
 
 def open_store(url: str, *, create: bool = False) -> Store:

@@ -8,13 +8,16 @@ from dataclasses import replace
 import httpx
 import pytest
 from live_api import LiveApi, work
+from servers import wait_until
 
+from headrace.batch import BatchStatus
 from headrace.broker import Broker
 from headrace.client import Client
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound, QueueFull
 from headrace.settings import Settings
 from headrace.store import Store
+from headrace.store.batches import find_deleting
 
 
 def test_failed_prompts_are_retried_and_the_old_batch_is_deleted(api: LiveApi, store: Store, broker: Broker) -> None:
@@ -35,6 +38,22 @@ def test_failed_prompts_are_retried_and_the_old_batch_is_deleted(api: LiveApi, s
         with pytest.raises(NotFound):
             client.delete(old.id)
         assert [batch.id for batch in client.list()] == [new.id]
+
+
+def test_a_long_cancel_and_a_long_deletion_go_on_behind_their_replies(
+    api: LiveApi, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.batches.WRITE_PATIENCE_S", 0.0)
+    monkeypatch.setattr("headrace.store.batches.DELETE_SLICE", 100)
+    batch = store.create_batch([f"prompt {i}" for i in range(400)], GenerationConfig(), model="echo", chunk_size=1)
+    with Client(api.url) as client:
+        assert client.cancel(batch.id).status is BatchStatus.CANCELLING
+        assert client.wait(batch.id, timeout=30).status is BatchStatus.CANCELLED
+        assert len(list(client.results(batch.id))) == 400
+        client.delete(batch.id)
+        with pytest.raises(NotFound):
+            client.get(batch.id)
+    wait_until(lambda: store._database.read(find_deleting) == [], timeout_s=30)
 
 
 def test_a_retry_is_a_submission_like_any_other(http: httpx.Client, store: Store) -> None:

@@ -12,6 +12,8 @@ from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound, QueueFull
 from headrace.store import Store
 from headrace.store import batches as queries
+from headrace.store.again import failed_prompts
+from headrace.store.lifecycle import CLOSE_SLICE
 from headrace.store.tables import batches, chunks, completions, prompts
 
 TABLES = (batches, prompts, chunks, completions)
@@ -55,7 +57,7 @@ def test_a_batch_that_is_deleted_while_it_is_retried_leaves_no_half_of_it(store:
     store.cancel_batch(old.id)
 
     def read() -> Iterator[str]:
-        for prompt in store._failed_prompts(old.id):
+        for prompt in failed_prompts(store._database, old.id):
             if not seen:
                 store.delete_batch(old.id)
             seen.append(str(prompt))
@@ -166,3 +168,36 @@ def test_batches_are_kept_for_as_long_as_they_are_asked_to_be(store: Store) -> N
     assert store.delete_outlived(retention_s=60) == 1
     assert store.delete_outlived(retention_s=60) == 0
     assert {batch.id for batch in store.list_batches()} == set(ids[2:]), "the young one, and the one that is not over"
+
+
+def test_a_long_cancel_is_gone_on_with(store: Store) -> None:
+    batch = submit(store, 300, chunk_size=1)
+    seen: list[tuple[BatchStatus, int]] = []
+
+    def when_stopped() -> None:
+        now = store.get_batch(batch.id)
+        seen.append((now.status, now.counts.done))
+
+    left = store.cancel_batch(batch.id, when_stopped=when_stopped, within_s=0)
+    assert seen == [(BatchStatus.CANCELLING, 0)], "workers hear of it before anything is written"
+    assert (left.status, left.counts.done) == (BatchStatus.CANCELLING, CLOSE_SLICE)
+    assert store.next_chunks(model="m", limit=10, grace_s=0) == [], "nobody begins on what is still open"
+    assert store.close_and_erase(stop=lambda: True) == 1
+    assert check(store, batch.id).counts.done == 2 * CLOSE_SLICE
+    assert store.close_and_erase() == 1
+    assert check(store, batch.id).status is BatchStatus.CANCELLED
+    assert {one.error.code for one in store.results(batch.id) if one.error} == {"batch_cancelled"}
+    assert len(store.results(batch.id)) == 300
+    assert store.close_and_erase() == 0
+
+
+def test_a_long_deletion_is_gone_on_with(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "DELETE_SLICE", 100)
+    batch = submit(store, 300)
+    store.cancel_batch(batch.id)
+    store.delete_batch(batch.id, within_s=0)
+    with pytest.raises(NotFound):
+        store.get_batch(batch.id)
+    assert 0 < count(store, prompts) < 300
+    store.close_and_erase()
+    assert [count(store, table) for table in TABLES] == [0, 0, 0, 0]
