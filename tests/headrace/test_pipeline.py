@@ -355,7 +355,7 @@ def test_killed_rank_takes_its_group_down_and_the_work_goes_on(pair: AsyncEngine
     pieces = pair.stream_infer(prompts, config)
     first = next(pieces)
     os.kill(pids[rank], signal.SIGKILL)
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 10
     while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(psutil.pid_exists(pid) for pid in pids)

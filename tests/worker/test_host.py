@@ -53,7 +53,7 @@ def test_an_engine_that_makes_steps_is_not_stuck_though_nothing_ends() -> None:
         engine._steps += 1
         time.sleep(0.02)
         assert host.trouble() is None
-    wait_for(host.trouble, timeout_s=3, what="no more steps: stuck")
+    wait_for(host.trouble, timeout_s=20, what="no more steps: stuck")
     engine.close()
 
 

@@ -159,7 +159,7 @@ def test_a_stuck_engine_is_noticed_but_an_idle_one_is_not(make_runtime, settings
     chunk = Started(runtime, message)
     wait_for(lambda: engine.seen, timeout_s=5, what="submitted")
     assert runtime.host.trouble() is None
-    wait_for(runtime.host.trouble, timeout_s=2, what="stuck")
+    wait_for(runtime.host.trouble, timeout_s=20, what="stuck")
     runtime.keep_leases()
     assert "the engine was lost" in chunk.join()
 
