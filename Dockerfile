@@ -9,13 +9,15 @@ RUN apt-get update \
     && pip install --no-cache-dir uv
 
 WORKDIR /app
-# The dependencies alone first: they change seldom, and this layer is most of the image.
+# The dependencies alone first: they change seldom, and this layer is most of the image. Byte code is made here: the services' user may
+# not write it, and without it every process, an engine that is started again too, compiles torch and transformers anew, for seconds.
 COPY pyproject.toml README.md ./
 COPY headrace/__init__.py headrace/__init__.py
-RUN uv pip install --system --no-cache -e ".[embedded]"
+RUN uv pip install --system --no-cache --compile-bytecode -e ".[embedded]"
 
 COPY . .
-RUN useradd --create-home --uid 10001 headrace && mkdir -p /data && chown headrace:headrace /data
+RUN python -m compileall -q headrace engine kernels worker api migrations \
+    && useradd --create-home --uid 10001 headrace && mkdir -p /data && chown headrace:headrace /data
 USER headrace
 ENV HEADRACE_HOME=/data HEADRACE_SPOOL_DIR=/data/spool PYTHONUNBUFFERED=1
 EXPOSE 8000
