@@ -13,7 +13,9 @@ cores with the client. For each database one JSON line is printed and appended t
     download_s, download_lines_per_s   the output file, each line parsed and its custom_id counted
     api_rss_mib_idle, …_highest        the API process before the upload, and its highest (VmHWM) after all of it; *_upload, *_read, *_run: at those ends
     redis_mib_highest                  Redis's used_memory_peak, less what it used empty
-    status_*_ms                        GET /v1/batches/{id}, 20 a second, while the file is read and while it runs
+    status_*_ms                        GET /v1/batches/{id}, 20 a second, while the file is read, while it runs, and while it is cancelled
+    cancel_reply_s, cancelled_s        the file once more, cancelled as soon as it is read: until the reply, until each prompt has its error
+    delete_reply_s                     DELETE of those million
 """
 
 from __future__ import annotations
@@ -92,6 +94,25 @@ def download(http: httpx.Client, file_id: str, lines: int) -> None:
     assert seen == b"\1" * lines, "a benchmark of wrong results says nothing"
 
 
+def cancel_and_delete(http: httpx.Client, base_url: str, body: dict[str, Any], lines: int) -> dict[str, Any]:
+    """Make the batch once more, stop it when all of it is open, and delete it."""
+    url = f"/v1/batches/{http.post('/v1/batches', json=body | {'metadata': {'again': 'yes'}}).raise_for_status().json()['id']}"
+    with StatusPoller(base_url, url.rpartition("/")[2], a_second=20) as poller:
+        poller.wait_while("validating", timeout_s=1800)
+        poller.take("")
+        started = time.perf_counter()
+        http.post(f"{url}/cancel").raise_for_status()
+        replied = time.perf_counter()
+        poller.wait_while("in_progress", "cancelling", timeout_s=600)
+        figures = {"cancel_reply_s": round(replied - started, 2), "cancelled_s": round(time.perf_counter() - started, 2)}
+        figures |= poller.take("status_cancel")
+    over = http.get(url).json()
+    assert (over["status"], sum(over["request_counts"][end] for end in ("completed", "failed"))) == ("cancelled", lines), over
+    started = time.perf_counter()
+    http.delete(url).raise_for_status()
+    return figures | {"delete_reply_s": round(time.perf_counter() - started, 2)}
+
+
 def measure(settings: Settings, folder: Path, server: RedisServer, asked: argparse.Namespace) -> dict[str, Any]:
     """Run everything on one database and return its figures."""
     service, lines = Service(settings, folder), asked.lines
@@ -140,6 +161,8 @@ def measure(settings: Settings, folder: Path, server: RedisServer, asked: argpar
         download(http, over["output_file_id"], lines)
         seconds = time.perf_counter() - started
         figures |= {"download_s": round(seconds, 1), "download_lines_per_s": round(lines / seconds)}
+        say("downloaded", figures)
+        figures |= cancel_and_delete(http, base_url, body, lines)
         figures["api_rss_mib_highest"] = memory_mib(api, "VmHWM")
         figures["api_rss_mib_over_idle"] = round(figures["api_rss_mib_highest"] - figures["api_rss_mib_idle"], 1)
     service.close()

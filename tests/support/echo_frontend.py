@@ -15,12 +15,16 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import EngineConfig, GenerationConfig, Prompt
 from headrace.errors import EngineError, ModelLoadError, RequestAborted
+
+REMEMBERED = 10_000
+"""Prompts, and aborts, that an engine can be asked about."""
 
 
 def answer(prompt: Prompt, *, index: int, most: int | None = None, verb: str = "echo") -> Completion:
@@ -70,9 +74,10 @@ class EchoFrontend:
         self.backend_config = backend_config
         self._on_event = on_event or (lambda _: None)
         self.pause_s = float(os.environ.get("ECHO_PAUSE_S", "0")) if pause_s is None else pause_s
-        self.seen: list[tuple[int, Prompt]] = []
-        self.aborted: list[int] = []
-        self.seed_keys: list[str | None] = []
+        # The last of them: with all, a worker's memory would grow with a benchmark's million prompts.
+        self.seen: deque[tuple[int, Prompt]] = deque(maxlen=REMEMBERED)
+        self.aborted: deque[int] = deque(maxlen=REMEMBERED)
+        self.seed_keys: deque[str | None] = deque(maxlen=REMEMBERED)
         self._handles = itertools.count()
         self._changed = threading.Condition()
         self._due: list[tuple[float, int]] = []

@@ -61,7 +61,7 @@ def test_a_chunk_is_answered_recorded_and_finished(runtime: Runtime, store: Stor
         "echo three",
         "echo four five six",
     ]
-    assert engine.seed_keys == [f"{batch_id}:{index}" for index in range(3)]
+    assert list(engine.seed_keys) == [f"{batch_id}:{index}" for index in range(3)]
 
 
 def test_a_bad_prompt_in_the_middle_fails_alone(runtime: Runtime, store: Store) -> None:
