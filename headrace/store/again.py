@@ -11,6 +11,7 @@ from sqlalchemy import Connection, exists, select
 from headrace.batch import Batch, Item
 from headrace.config import GenerationConfig
 from headrace.store.batches import get
+from headrace.store.ranges import read_page
 from headrace.store.session import Database
 from headrace.store.tables import completions, prompts
 
@@ -43,12 +44,10 @@ def _page(connection: Connection, batch_id: str, after: int) -> list[tuple[int, 
         completions.c.index == prompts.c.index,
         completions.c.error_code.is_not(None),
     )
-    rows = connection.execute(
-        select(prompts.c.index, prompts.c.body, prompts.c.gen_config, prompts.c.custom_id)
-        .where(prompts.c.batch_id == batch_id, prompts.c.index > after, prompts.c.body.is_not(None), failed)
-        .order_by(prompts.c.index)
-        .limit(_PAGE)
+    query = select(prompts.c.index, prompts.c.body, prompts.c.gen_config, prompts.c.custom_id).where(
+        prompts.c.batch_id == batch_id, prompts.c.body.is_not(None), failed
     )
+    rows = read_page(connection, query, prompts.c.index, batch_id=batch_id, after=after, limit=_PAGE)
     return [
         (index, Item(json.loads(body), None if config is None else GenerationConfig.from_dict(json.loads(config)), custom_id))
         for index, body, config, custom_id in rows

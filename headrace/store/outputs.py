@@ -10,6 +10,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, delete, select
 
 from headrace.batch import OUTPUT_KINDS, OutputKind, OutputRow, has_output_files, output_file_id
+from headrace.store.ranges import read_page
 from headrace.store.session import insert_new
 from headrace.store.tables import completions, files, now, prompts
 
@@ -43,15 +44,11 @@ def page(connection: Connection, batch_id: str, kind: OutputKind, *, after: int,
     """Return up to `limit` rows with an index above `after`, by index: the answers, or the errors."""
     columns = completions.c
     is_wanted = columns.error_code.is_(None) if kind == "output" else columns.error_code.is_not(None)
-    rows = connection.execute(
-        select(
-            columns.index, columns.error_code, columns.prompt_tokens, columns.cached_tokens, columns.completion_tokens,
-            columns.recorded_at, columns.body,
-        )
-        .where(columns.batch_id == batch_id, columns.index > after, is_wanted)
-        .order_by(columns.index)
-        .limit(limit)
-    ).all()  # fmt: skip
+    query = select(
+        columns.index, columns.error_code, columns.prompt_tokens, columns.cached_tokens, columns.completion_tokens,
+        columns.recorded_at, columns.body,
+    ).where(columns.batch_id == batch_id, is_wanted)  # fmt: skip
+    rows = read_page(connection, query, columns.index, batch_id=batch_id, after=after, limit=limit)
     if not rows:
         return []
     indexes = [row[0] for row in rows]

@@ -17,6 +17,7 @@ from headrace.completion import Completion, TokenUsage
 from headrace.crash import crash_point
 from headrace.store import chunks as chunk_queries
 from headrace.store.lifecycle import close_chunks, is_stopping
+from headrace.store.ranges import read_page
 from headrace.store.session import insert_new
 from headrace.store.tables import batches, chunks, completions, now
 from headrace.store.values import ChunkState, Claim, RecordResult, RecordStatus, decode_answer, encode_answer
@@ -207,10 +208,6 @@ def _move_on(connection: Connection, held: chunk_queries.Held, verdicts: Mapping
 
 def page(connection: Connection, batch_id: str, *, after: int, limit: int) -> list[Completion]:
     """Return up to `limit` completions with an index above `after`, by index."""
-    rows = connection.execute(
-        select(completions)
-        .where(completions.c.batch_id == batch_id, completions.c.index > after)
-        .order_by(completions.c.index)
-        .limit(limit)
-    )
+    query = select(completions).where(completions.c.batch_id == batch_id)
+    rows = read_page(connection, query, completions.c.index, batch_id=batch_id, after=after, limit=limit)
     return [from_row(row) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -240,3 +241,21 @@ def test_deleting_a_batch_takes_its_rows_with_it(store: Store) -> None:
     batch = submit(store, 10, refused=[1])
     execute(store, batches.delete().where(batches.c.id == batch.id))
     assert [count(store, table) for table in (batches, prompts, chunks, completions)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pages_of_rows_that_lie_far_apart_are_whole_and_in_order(store: Store, seed: int) -> None:
+    """A page is read in ranges of the index that grow: none may be left out, or read twice."""
+    draw = random.Random(seed)
+    batch = submit(store, 3000, chunk_size=250)
+    answered = sorted({*draw.sample(range(3000), 40), *draw.sample(range(1500, 1600), 60)})
+    for claim in take(store):
+        own = [index for index in answered if claim.start <= index < claim.stop]
+        if own:
+            store.record(claim, answers(own))
+    for after in (-1, 0, answered[3], 1499, 1550, 2998, 2999, 10**12):
+        for limit in (1, 7, 40, 1000):
+            expected = [index for index in answered if index > after][:limit]
+            assert [row.index for row in store.results(batch.id, after=after, limit=limit)] == expected
+            assert [row.position for row in store.output_rows(batch.id, "output", after=after, limit=limit)] == expected
+            assert store.output_rows(batch.id, "errors", after=after, limit=limit) == []
