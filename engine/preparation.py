@@ -98,6 +98,8 @@ class Preparer:
         wanted = config.max_new_tokens
         limit: LimitName = "session_len" if wanted is None or wanted > room else "max_new_tokens"
         stops = self._stops(config, do_preprocess=do_preprocess)
+        bad_sequences = self._bad_sequences(config.bad_words, config.bad_token_ids)
+        _check_something_is_left(bad_sequences, config, stops, self.info.vocab_size)
         seed = _seed(config, seed_key, index)
         requests = tuple(
             TokenRequest(
@@ -110,7 +112,7 @@ class Preparer:
                 limit=limit,
                 eos_ids=stops.eos_ids,
                 stop_ids=stops.stop_ids,
-                bad_sequences=self._bad_sequences(config.bad_words, config.bad_token_ids),
+                bad_sequences=bad_sequences,
                 stream=is_streamed or bool(stops.words),
                 family=str(handle) if config.n > 1 else None,
             )
@@ -189,6 +191,22 @@ def _seed(config: GenerationConfig, seed_key: str | None, index: int) -> int:
         return secrets.randbits(64) if config.random_seed is None else config.random_seed
     name = seed_key if config.random_seed is None else f"{config.random_seed}:{index}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def _check_something_is_left(bad: tuple[_Ids, ...], config: GenerationConfig, stops: Stops, vocab_size: int) -> None:
+    """Refuse bans that no token escapes: at the first draw they look like a model that computes NaNs."""
+    # A response format gives way where nothing but an end can follow, so that it holds no end back.
+    holds_ends_back = config.ignore_eos or (config.min_new_tokens > 0 and config.response_format is None)
+    ends = (*stops.eos_ids, *stops.stop_ids) if holds_ends_back else ()
+    if not bad or len(bad) + len(ends) < vocab_size:
+        return
+    banned = {ids[0] for ids in bad if len(ids) == 1}.union(ends)
+    if banned.issuperset(range(vocab_size)):
+        param = "bad_token_ids" if config.bad_token_ids else "bad_words"
+        others = ", with the end tokens that ignore_eos or min_new_tokens holds back," if ends else ""
+        raise InvalidRequest(
+            f"{param}{others} leaves none of the model's {vocab_size} tokens to generate; take some out of it", param=param
+        )
 
 
 def _bad_sequences(tokenizer: Tokenizer, words: _Words, ids: _Ids) -> tuple[_Ids, ...]:

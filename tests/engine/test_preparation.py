@@ -56,6 +56,25 @@ def test_lengths_are_resolved(preparer: Preparer) -> None:
     assert (request.max_new_tokens, request.limit) == (100 - length, "session_len")
 
 
+def test_bans_that_no_token_escapes_are_refused_by_name(preparer: Preparer) -> None:
+    size = preparer.info.vocab_size
+    end = preparer.info.eos_ids[0]
+    others = [token for token in range(size) if token != end]
+    letters = [token for token in range(size) if preparer.tokenizer.decode([token]) != "e"]
+    for config in (
+        {"bad_token_ids": list(range(size))},
+        {"bad_token_ids": letters, "bad_words": ["e"]},
+        {"bad_token_ids": others, "ignore_eos": True},
+        {"bad_token_ids": others, "min_new_tokens": 1},
+    ):
+        with pytest.raises(InvalidRequest, match=f"^bad_token_ids.* leaves none of the model's {size} tokens") as refused:
+            prepare(preparer, do_preprocess=False, **config)
+        assert refused.value.param == "bad_token_ids"
+    format_ = {"type": "regex", "regex": "e"}
+    for config in ({}, {"min_new_tokens": 1, "response_format": format_}):
+        prepare(preparer, do_preprocess=False, bad_token_ids=others, **config)
+
+
 def test_prompts_at_the_session_length(preparer: Preparer) -> None:
     assert prepare(preparer, "x" * 99, do_preprocess=False).requests[0].max_new_tokens == 1
     with pytest.raises(ContextLengthExceeded, match="100 tokens and the session length is 100"):
