@@ -299,8 +299,11 @@ class Engine:
         try:
             self._executor.choose(self._guides.masks(masked.masking))
         except OutOfDeviceMemory as error:
-            self._put_back(self._previous.planned, error)
-            self._previous = None
+            planned, self._previous = self._previous.planned, None
+            self._put_back(planned, error)
+            # It was counted when it was launched.
+            self._steps -= 1
+            self._computed_tokens -= planned.plan.num_tokens
             return
         broken = [(one, one.guide.error()) for one in masked.sequences if one.guide is not None and not one.done]
         self._reports += [self._end(one, "error", error=why) for one, why in broken if why is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from engine_driver import make_engine, run, token_request
 from schemas_at_random import schema_at_random
 
 from engine.engine import Engine
 from engine.request import TokenOutput, TokenRequest
+from engine.runner import Runner
 from engine.tokenizer import Tokenizer
 from headrace.config import PytorchEngineConfig
 
@@ -297,3 +300,22 @@ def test_a_trained_model_fills_in_real_forms():
     for answer, schema in finished:
         jsonschema.validate(json.loads(answer), schema)
     assert len(finished) >= 10
+
+
+def test_a_step_put_back_at_its_sampling_is_counted_once(tiny_model_dir, monkeypatch):
+    asked = guided(1, of_lark("[a-z]{40}"), most=8)
+    undisturbed = make_engine(tiny_model_dir, block_size=16, num_gpu_blocks=20)
+    expected = run(undisturbed, [asked])["1"].token_ids
+    sample, calls = Runner._sample, itertools.count(1)
+
+    def in_little_memory(runner: Runner, *step: Any) -> None:
+        if next(calls) % 3 == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        sample(runner, *step)
+
+    monkeypatch.setattr(Runner, "_sample", in_little_memory)
+    engine = make_engine(tiny_model_dir, block_size=16, num_gpu_blocks=20)
+    assert run(engine, [asked])["1"].token_ids == expected
+    assert engine.stats().steps_put_back == 3
+    wanted = undisturbed.stats()
+    assert (engine.stats().computed_tokens, engine.stats().steps) == (wanted.computed_tokens, wanted.steps) == (3 + 7, 8)
