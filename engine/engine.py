@@ -316,7 +316,8 @@ class Engine:
             sequence.logprobs.append(logprobs)
         # A stop token at the last allowed position is a stop: the answer is complete.
         if token in sequence.stops and len(sequence.tokens) > sequence.stop_from:
-            detail = "eos" if token in request.eos_ids else f"stop_token:{token}"
+            # What the caller named goes before what the model brings: an end token may be both.
+            detail = f"stop_token:{token}" if token in request.stop_ids else "eos"
             return self._end(sequence, "stop", detail=detail, drop_last=True)
         # Where nothing can follow, waiting for the end token would cost a step, and perhaps the limit.
         if is_complete or (sequence.guide is not None and sequence.guide.complete):

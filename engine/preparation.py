@@ -167,7 +167,7 @@ class Preparer:
             word: index for word in of_template + config.stop_words if (index := self.tokenizer.special_id(word)) is not None
         }
         eos = self.info.eos_ids + self.tokenizer.eos_ids + tuple(special[word] for word in of_template if word in special)
-        names = {special[word]: word for word in config.stop_words if word in special and special[word] not in eos}
+        names = {special[word]: word for word in config.stop_words if word in special}
         # ignore_eos asks for exactly max_new_tokens tokens, so what the template stops on is dropped; the caller's own words stay.
         # A response format knows its own end; what a template stops on may stand in the middle of a JSON text.
         only_own = config.ignore_eos or config.response_format is not None

@@ -64,7 +64,8 @@ class Choice:
     """The generated tokens, without the stop token that ended them; all tokens up to a stop word's last one."""
     finish_reason: FinishReason
     stop_detail: str | None = None
-    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len'."""
+    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len'.
+    An end token that the caller names, by its id or as a stop word, is the caller's."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @classmethod

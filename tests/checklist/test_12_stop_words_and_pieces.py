@@ -90,6 +90,20 @@ def test_min_new_tokens_counts_for_stop_words_too(pipe: AsyncEngine) -> None:
     assert (none.text, none.stop_detail) == ("abcabcabc", "response_format")
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(("word", "token"), [("<|endoftext|>", 0), ("<|im_end|>", 2)])
+def test_a_stop_word_that_is_an_end_token_is_the_callers_word(pipe: AsyncEngine, word: str, token: int, include: bool) -> None:
+    """The model's own end token is no exception where the caller names it."""
+    wish: dict[str, Any] = {"logit_bias": {token: 100}, "include_stop_str_in_output": include}
+    config = GenerationConfig(stop_words=[word], **wish)
+    answer: Any = pipe("water", config)
+    assert (answer.finish_reason, answer.text, answer.token_ids) == ("stop", word if include else "", ())
+    assert answer.stop_detail == f"stop_word:{word}"
+    assert "".join(piece.text for piece in pipe.stream_infer("water", config)) == answer.text
+    by_id: Any = pipe("water", GenerationConfig(stop_token_ids=[token], **wish))
+    assert (by_id.finish_reason, by_id.text, by_id.stop_detail) == ("stop", "", f"stop_token:{token}")
+
+
 def test_in_the_engine(pipe: AsyncEngine) -> None:
     free: Any = pipe("water", GenerationConfig(max_new_tokens=60, ignore_eos=True))
     assert free.text == pipe.frontend.tokenizer.decode(free.token_ids)

@@ -113,7 +113,7 @@ def test_stops_are_sorted_into_ids_and_words(preparer: Preparer) -> None:
     assert set(stops.eos_ids) == {0, 2}  # the template's <|endoftext|>, the model's <|im_end|>
     assert (stops.stop_ids, stops.names) == ((7, 1), {1: "<|im_start|>"})
     raw = prepare(preparer, do_preprocess=False, stop_words=["<|im_end|>"]).stops
-    assert (raw.words, raw.eos_ids, raw.stop_ids) == (("<|im_end|>",), (2,), ())
+    assert (raw.words, raw.eos_ids, raw.stop_ids, raw.names) == (("<|im_end|>",), (2,), (2,), {2: "<|im_end|>"})
     forever = prepare(preparer, ignore_eos=True, stop_words=["mine"]).stops
     assert forever.words == ("mine",)
     (request,) = prepare(preparer, do_preprocess=False).requests

@@ -95,10 +95,10 @@ def continue_alone(req: TokenRequest, vocab: int, most: int | None = None) -> tu
     while len(out) < limit:
         token = next_token(state, vocab, req.choice)
         if not req.config.ignore_eos and len(out) >= req.config.min_new_tokens:
-            if token in req.eos_ids:
-                return tuple(out), "stop", "eos"
             if token in req.stop_ids:
                 return tuple(out), "stop", f"stop_token:{token}"
+            if token in req.eos_ids:
+                return tuple(out), "stop", "eos"
         out.append(token)
         state = extend(state, token)
     return tuple(out), "length", req.limit if limit == req.max_new_tokens else "session_len"
