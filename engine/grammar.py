@@ -35,6 +35,8 @@ _STACK_FOR_A_BYTE = 1 << 10
 """The library goes down into each definition that a format names and each bracket that it opens; up to 600 bytes of stack for a byte of
 source were seen (of a nest of brackets). Where it has no more, that is no exception but the end of the process and all its prompts."""
 _STARTING = threading.Lock()
+_AT_ONCE = 4
+"""Formats that are compiled at the same time: a slow one takes a core and some memory for seconds."""
 
 
 class Grammars:
@@ -45,8 +47,11 @@ class Grammars:
         self._tokenizer = tokenizer
         self._info = info
         self._vocabulary: LLTokenizer | None = None
-        self._kept: OrderedDict[ResponseFormat, LLMatcher | HeadraceError] = OrderedDict()
+        self._reading = threading.Lock()
+        # Errors as well: a job with a bad schema asks for it a million times.
+        self._kept: OrderedDict[ResponseFormat, Future[LLMatcher]] = OrderedDict()
         self._lock = threading.Lock()
+        self._compiling = threading.BoundedSemaphore(_AT_ONCE)
 
     @classmethod
     def of_model(cls, path: Path | str) -> Grammars:
@@ -68,30 +73,26 @@ class Grammars:
 
     def check(self, wanted: ResponseFormat) -> None:
         """Compile; raise `InvalidRequest` for a format that doesn't, `UnsupportedOption` where formats can't be used at all."""
+        self._find(wanted)
+
+    def matcher(self, wanted: ResponseFormat) -> LLMatcher:
+        """Return a matcher of its own for a request. Raises as `check` does."""
+        return self._find(wanted).deep_copy()
+
+    def _find(self, wanted: ResponseFormat) -> LLMatcher:
+        """Return the matcher that is kept of a format; the first who asks for it has it compiled, and the others go on meanwhile."""
         with self._lock:
             found = self._kept.get(wanted)
             if found is None:
-                try:
-                    found = self.compile(wanted)
-                except HeadraceError as error:
-                    # Kept as well: a job with a bad schema asks for it a million times.
-                    found = error
-                self._kept[wanted] = found
+                found = self._kept[wanted] = self._start(wanted)
                 if len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
             else:
                 self._kept.move_to_end(wanted)
-        if isinstance(found, HeadraceError):
-            raise type(found)(found.message, param=_PARAM)
-
-    def matcher(self, wanted: ResponseFormat) -> LLMatcher:
-        """Return a matcher of its own for a request. Raises as `check` does."""
-        self.check(wanted)
-        with self._lock:
-            found = self._kept.get(wanted)
-        if found is None or isinstance(found, HeadraceError):  # pushed out by others between the two lines above
-            return self.matcher(wanted)
-        return found.deep_copy()
+        error = found.exception()
+        if isinstance(error, HeadraceError):
+            raise type(error)(error.message, param=_PARAM)
+        return found.result()
 
     def spell(self) -> list[bytes]:
         """Return the bytes of each token; a special one has none. Raises as `check` does for a format that can't be used at all."""
@@ -106,9 +107,16 @@ class Grammars:
 
     def compile(self, wanted: ResponseFormat) -> LLMatcher:
         """Compile anew: what this matcher and its copies build as they go they share with no other. Raises as `check` does."""
+        return self._start(wanted).result()
+
+    def _start(self, wanted: ResponseFormat) -> Future[LLMatcher]:
+        return _on_a_stack(_STACK + _STACK_FOR_A_BYTE * len(wanted.source), partial(self._compile, wanted))
+
+    def _compile(self, wanted: ResponseFormat) -> LLMatcher:
         vocabulary = self._vocabulary_read()
         try:
-            matcher = _on_a_stack(_STACK + _STACK_FOR_A_BYTE * len(wanted.source), partial(_compile, vocabulary, wanted))
+            with self._compiling:
+                matcher = _compile(vocabulary, wanted)
         except Exception as error:
             raise _refused(wanted, str(error)) from error
         if matcher.is_error():
@@ -116,9 +124,10 @@ class Grammars:
         return matcher
 
     def _vocabulary_read(self) -> LLTokenizer:
-        if self._vocabulary is None:
-            self._vocabulary = self._read_vocabulary()
-        return self._vocabulary
+        with self._reading:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+            return self._vocabulary
 
     def _read_vocabulary(self) -> LLTokenizer:
         try:
@@ -146,8 +155,8 @@ class Grammars:
             ) from error
 
 
-def _on_a_stack(size: int, work: Callable[[], LLMatcher]) -> LLMatcher:
-    """Do it on a thread of its own with so many bytes of stack: address space, of which only what is used costs memory."""
+def _on_a_stack(size: int, work: Callable[[], LLMatcher]) -> Future[LLMatcher]:
+    """Begin it on a thread of its own with so many bytes of stack: address space, of which only what is used costs memory."""
     done: Future[LLMatcher] = Future()
 
     def run() -> None:
@@ -163,7 +172,7 @@ def _on_a_stack(size: int, work: Callable[[], LLMatcher]) -> LLMatcher:
             threading.Thread(target=run, name="compile-format", daemon=True).start()
         finally:
             threading.stack_size(usual)
-    return done.result()
+    return done
 
 
 def _compile(vocabulary: LLTokenizer, wanted: ResponseFormat) -> LLMatcher:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_driver import token_request
 
+from engine import grammar as grammar_module
 from engine.grammar import Grammars
 from engine.guidance import Guide, Guides, Row
 from engine.model_info import ModelInfo
@@ -151,6 +155,55 @@ def test_a_format_that_an_automaton_follows_needs_no_guide(guides):
     assert [name for name, _ in taken] == ["0", "1"]
     assert taken[0][1] is None
     assert isinstance(taken[1][1], Guide)
+
+
+def test_a_slow_format_holds_up_nobody_elses_and_is_compiled_once(grammars, monkeypatch):
+    def regex(source):
+        return ResponseFormat.parse({"type": "regex", "regex": source})
+
+    began, goes_on, compiled = threading.Event(), threading.Event(), []
+    library = grammar_module._compile
+
+    def slowly(vocabulary, wanted):
+        compiled.append(wanted.source)
+        if wanted.source == "slow[(]":
+            began.set()
+            assert goes_on.wait(30)
+        return library(vocabulary, wanted)
+
+    grammars.check(regex("known"))
+    monkeypatch.setattr(grammar_module, "_compile", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            waiting = [pool.submit(grammars.matcher, regex("slow[(]")) for _ in range(2)]
+            assert began.wait(30)
+            for source in ("known", "new"):
+                pool.submit(grammars.check, regex(source)).result(timeout=30)
+            assert not any(one.done() for one in waiting)
+        finally:
+            goes_on.set()
+        assert len({id(one.result(timeout=30)) for one in waiting}) == 2, "a matcher for each"
+    assert sorted(compiled) == ["new", "slow[(]"]
+
+
+def test_no_more_than_a_few_formats_are_compiled_at_once(grammars, monkeypatch):
+    lock, running, most = threading.Lock(), [0], [0]
+    library = grammar_module._compile
+
+    def counted(vocabulary, wanted):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+        return library(vocabulary, wanted)
+
+    monkeypatch.setattr(grammar_module, "_compile", counted)
+    with ThreadPoolExecutor(16) as pool:
+        formats = [ResponseFormat.parse({"type": "regex", "regex": f"many{number}"}) for number in range(16)]
+        list(pool.map(grammars.check, formats))
+    assert 1 < most[0] <= grammar_module._AT_ONCE
 
 
 def test_more_formats_than_are_kept(grammars):
