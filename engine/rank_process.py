@@ -44,6 +44,10 @@ def _environment() -> dict[str, str]:
     env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     # Ranks share memory, never through NVLink multicast: sums don't need it, and it can be broken for a whole host by one program.
     env.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    # All ranks are on this host. Left to themselves gloo listens where the host's name points to and NCCL on the first network card, where
+    # others could reach them, and neither asks for a password.
+    env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    env.setdefault("NCCL_SOCKET_IFNAME", "=lo")
     env["PYTHONUNBUFFERED"] = "1"
     return env
 

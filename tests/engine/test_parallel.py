@@ -18,11 +18,14 @@ from engine_driver import run
 from plan_driver import generate, options_for, request
 from tiny_models import save_tiny_model
 
+from engine.async_engine import AsyncEngine
 from engine.engine import Engine
 from engine.executor import LocalExecutor, make_executor
 from engine.options import EngineOptions
 from engine.parallel import Rendezvous
 from engine.plan import Admission, PlanRow, StepPlan
+from engine.rank_process import RankProcess
+from headrace import GenerationConfig, PytorchEngineConfig
 from headrace.errors import RankLost
 
 ROOT = Path(__file__).parents[2]
@@ -143,3 +146,31 @@ def test_a_plan_survives_the_wire() -> None:
     )
     assert StepPlan.from_bytes(plan.to_bytes()) == plan
     assert StepPlan.from_bytes(StepPlan(step=0, admitted=(), rows=()).to_bytes()) == StepPlan(step=0, admitted=(), rows=())
+
+
+@pytest.mark.enable_socket
+def test_ranks_listen_on_the_loopback_interface_only(tiny_model_dir: Path) -> None:
+    config = PytorchEngineConfig(device="cpu", tp=2, num_gpu_blocks=64, max_batch_size=4)
+    with AsyncEngine(str(tiny_model_dir), backend_config=config) as pipe:
+        assert pipe("water", GenerationConfig(max_new_tokens=3)).error_code is None
+        open_ = [one for pid in pipe.frontend.pids for one in psutil.Process(pid).net_connections("inet")]
+        listening = [one.laddr.ip for one in open_ if one.status == psutil.CONN_LISTEN]
+        assert len(listening) >= 3, "the meeting point, and a socket of each rank's"
+        assert set(listening) == {"127.0.0.1"}
+
+
+def test_ranks_are_told_which_interface_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a host's name points to its network card, gloo would listen there; and NCCL on the card, wherever it points to."""
+    script = "import os, sys; sys.stderr.write(' '.join(os.environ[f'{one}_SOCKET_IFNAME'] for one in ('GLOO', 'NCCL')))"
+    for users, told in (({}, "lo =lo"), ({"GLOO": "eth1", "NCCL": "eth2"}, "eth1 eth2")):
+        for library in ("GLOO", "NCCL"):
+            monkeypatch.delenv(f"{library}_SOCKET_IFNAME", raising=False)
+            if library in users:
+                monkeypatch.setenv(f"{library}_SOCKET_IFNAME", users[library])
+        process = RankProcess(0, [sys.executable, "-c", script])
+        try:
+            while process.read_stderr():
+                time.sleep(0.001)
+            assert process.stderr_tail == told
+        finally:
+            process.kill()
