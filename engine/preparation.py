@@ -153,8 +153,6 @@ class Preparer:
         for param, values in named.items():
             if values and max(values) >= size:
                 raise InvalidRequest(f"{param} has {max(values)}, but the model's vocabulary has {size} tokens", param=param)
-        if config.max_new_tokens is not None and config.min_new_tokens > config.max_new_tokens:
-            raise InvalidRequest("min_new_tokens is more than max_new_tokens", param="min_new_tokens")
 
     def _stops(self, config: GenerationConfig, *, do_preprocess: bool) -> Stops:
         """Sort stop words into ids, where one is a special token, and words to look for in the text.

@@ -136,6 +136,11 @@ class GenerationConfig(_Wire):
             value = getattr(self, name)
             rule = f"None or a whole number from {low} to {high}"
             _check(value is None or _is_int(value, low, high), name, value, rule)
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise InvalidRequest(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it or raise the other",
+                param="min_new_tokens",
+            )
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         put(self, "response_format", ResponseFormat.parse(self.response_format))

@@ -57,6 +57,13 @@ BODIES: dict[str, tuple[Any, int, str, str | None, int | None]] = {
     ),
     "unknown gen_config field": ({**GOOD, "gen_config": {"beams": 4}}, 422, "invalid_request", "gen_config.beams", None),
     "gen_config out of range": ({**GOOD, "gen_config": {"top_p": 2}}, 422, "invalid_request", "gen_config.top_p", None),
+    "gen_config at odds with itself": (
+        {**GOOD, "gen_config": {"min_new_tokens": 9, "max_new_tokens": 8}},
+        422,
+        "invalid_request",
+        "gen_config.min_new_tokens",
+        None,
+    ),
     "gen_config of a wrong type": ({**GOOD, "gen_config": {"n": "3"}}, 422, "invalid_request", "gen_config.n", None),
     "gen_config no object": ({**GOOD, "gen_config": [1]}, 422, "invalid_request", "gen_config", None),
     "priority as text": ({**GOOD, "priority": "1"}, 422, "invalid_request", "priority", None),

@@ -48,10 +48,12 @@ def request(
     choice: int = 0,
     **config,
 ) -> TokenRequest:
+    # Less than `min_new_tokens` may be left by the session, never asked for.
+    wanted = max(max_new_tokens, config.get("min_new_tokens", 0))
     return TokenRequest(
         request_id=name,
         prompt_ids=tuple(prompt),
-        config=GenerationConfig(max_new_tokens=max_new_tokens, **config),
+        config=GenerationConfig(max_new_tokens=wanted, **config),
         seed=0,
         choice=choice,
         max_new_tokens=max_new_tokens,
