@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.model_info import ModelInfo
 from headrace.errors import HeadraceError, InvalidRequest, UnsupportedOption
@@ -35,8 +36,19 @@ _STACK_FOR_A_BYTE = 1 << 10
 """The library goes down into each definition that a format names and each bracket that it opens; up to 600 bytes of stack for a byte of
 source were seen (of a nest of brackets). Where it has no more, that is no exception but the end of the process and all its prompts."""
 _STARTING = threading.Lock()
+_PATIENCE_S = 60.0
+"""What nobody's prompt is worth more than: the library's time grows with the fourth power of a schema's patternProperties, 2 s for 300 and
+minutes for 1000, and none of its limits ends it."""
 _AT_ONCE = 4
 """Formats that are compiled at the same time: a slow one takes a core and some memory for seconds."""
+
+
+class _Asked(NamedTuple):
+    """A format that somebody asked for."""
+
+    until: float
+    """When nobody waits for it any more; it may come later."""
+    matcher: Future[LLMatcher]
 
 
 class Grammars:
@@ -49,7 +61,7 @@ class Grammars:
         self._vocabulary: LLTokenizer | None = None
         self._reading = threading.Lock()
         # Errors as well: a job with a bad schema asks for it a million times.
-        self._kept: OrderedDict[ResponseFormat, Future[LLMatcher]] = OrderedDict()
+        self._kept: OrderedDict[ResponseFormat, _Asked] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.BoundedSemaphore(_AT_ONCE)
 
@@ -84,15 +96,18 @@ class Grammars:
         with self._lock:
             found = self._kept.get(wanted)
             if found is None:
-                found = self._kept[wanted] = self._start(wanted)
+                found = self._kept[wanted] = _Asked(time.monotonic() + _PATIENCE_S, self._start(wanted))
                 if len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
             else:
                 self._kept.move_to_end(wanted)
-        error = found.exception()
+        try:
+            error = found.matcher.exception(timeout=max(0.0, found.until - time.monotonic()))
+        except TimeoutError:
+            raise _refused(wanted, f"it isn't ready after {_PATIENCE_S:.0f} s; make it simpler") from None
         if isinstance(error, HeadraceError):
             raise type(error)(error.message, param=_PARAM)
-        return found.result()
+        return found.matcher.result()
 
     def spell(self) -> list[bytes]:
         """Return the bytes of each token; a special one has none. Raises as `check` does for a format that can't be used at all."""

@@ -186,6 +186,24 @@ def test_a_slow_format_holds_up_nobody_elses_and_is_compiled_once(grammars, monk
     assert sorted(compiled) == ["new", "slow[(]"]
 
 
+def test_nobody_waits_for_ever_for_a_format(grammars, monkeypatch):
+    wanted, goes_on = ResponseFormat.parse({"type": "regex", "regex": "for ever"}), threading.Event()
+    library = grammar_module._compile
+    monkeypatch.setattr(grammar_module, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(grammar_module, "_compile", lambda *asked: goes_on.wait(30) and library(*asked))
+    try:
+        for _ in range(2):
+            with pytest.raises(
+                InvalidRequest, match="response_format: this regex can't be compiled: it isn't ready after"
+            ) as refused:
+                grammars.check(wanted)
+            assert refused.value.param == "response_format"
+    finally:
+        goes_on.set()
+    grammars._kept[wanted].matcher.result(timeout=30)
+    grammars.check(wanted)
+
+
 def test_no_more_than_a_few_formats_are_compiled_at_once(grammars, monkeypatch):
     lock, running, most = threading.Lock(), [0], [0]
     library = grammar_module._compile
