@@ -25,7 +25,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -38,6 +37,7 @@ from typing import IO, Any
 
 from headrace import login
 from headrace.errors import Conflict
+from headrace.ports import check_free, free_port
 from headrace.process import Child, ChildSpec, StackError, birth, kill_group
 from headrace.settings import Settings
 
@@ -81,24 +81,6 @@ class StackUrls:
     database: str
     redis: str
     flower: str | None = None
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """Return a TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def port_or_free(port: int, host: str = "127.0.0.1") -> int:
-    """Return `port` when it is free, otherwise one that is."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return free_port(host)
-        return int(probe.getsockname()[1])
 
 
 def find_redis() -> str:
@@ -166,13 +148,19 @@ class Stack:
     def start(self, report: Callable[[str], None] = lambda _: None) -> None:
         """Start every child and wait until each is ready. `report` gets a line at each step.
 
-        Raise `Conflict` when a stack runs on this state directory already and `StackError` when a child does not come up;
+        Raise `Conflict` when a stack runs on this state directory already or a port is taken, and `StackError` when a child does not come up;
         then everything that was started is stopped again.
         """
         self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._take_lock()
         try:
             self._clear_leftovers(report)
+            # Whoever listens there would be taken for the child that can't: another stack's API answers as this one's would.
+            check_free("API", self._api_port, self.options.host)
+            if self.options.embedded_redis:
+                check_free("Redis", self._redis_port)
+            if self.options.flower:
+                check_free("Flower", self._flower_port)
             for spec in self._specs():
                 report(f"starting {spec.name}")
                 child = Child(spec)

@@ -13,14 +13,17 @@ from typing import Any
 
 from headrace import login
 from headrace.cli import console, options
+from headrace.ports import port_or_free
 from headrace.settings import check_redis_url
-from headrace.stack import Stack, StackOptions, port_or_free, redis_trouble
+from headrace.stack import Stack, StackOptions, redis_trouble
 
 
 def add_commands(commands: Any) -> None:
     """Add `up`."""
     command = commands.add_parser(
-        "up", help="run the whole service on this machine: Redis, worker, API, Flower", description=__doc__
+        "up",
+        help="run the whole service on this machine: Redis, worker, API, Flower",
+        description="Run the whole service on this machine until Ctrl-C: Redis, SQLite, a worker, the API and Flower. What is kept, and the logs, lie in --state-dir.",
     )
     add_stack_options(command)
     command.add_argument("--host", default="127.0.0.1", help="where the API listens (default: %(default)s)")

@@ -26,9 +26,10 @@ from servers import wait_until
 from headrace import stack
 from headrace.cli.services import environ_of
 from headrace.errors import Conflict
+from headrace.ports import free_port, port_or_free
 from headrace.process import Child, ChildSpec, StackError, birth, tail
 from headrace.settings import Settings
-from headrace.stack import Stack, StackOptions, find_redis, free_port, port_or_free, read_urls, redis_trouble
+from headrace.stack import Stack, StackOptions, find_redis, read_urls, redis_trouble
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -271,6 +272,18 @@ def test_one_stack_for_each_state_directory(tmp_path: Path) -> None:
             second.start()
     finally:
         first.stop()
+
+
+@pytest.mark.parametrize("service", ["api", "redis", "flower"])
+def test_a_port_that_was_asked_for_and_is_taken_is_refused(tmp_path: Path, service: str) -> None:
+    """Another stack's API answered for this one's, which was started again and again behind its back."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        asked: dict[str, Any] = {f"{service}_port": port}
+        stack = Stack(StackOptions(settings=Settings(), state_dir=tmp_path / "state", flower=True, **asked))
+        with pytest.raises(Conflict, match=f"(?i){service} can't listen on 127.0.0.1, port {port}: .*name another"):
+            stack.start()
+    assert not (tmp_path / "state" / "redis").exists()
 
 
 def test_a_reused_pid_is_not_mistaken_for_an_old_child(tmp_path: Path) -> None:
