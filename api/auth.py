@@ -17,7 +17,8 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.services import Services, ServicesDep
-from headrace.errors import NotFound, Unauthorized
+from headrace.batch import no_such_batch
+from headrace.errors import Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -86,4 +87,4 @@ CallerDep = Annotated[Caller, Depends(require_key)]
 def check_owner(services: Services, caller: Caller, batch_id: str) -> None:
     """Raise the `NotFound` of a batch that doesn't exist where it is another's: 403 would tell that the id is right."""
     if caller.scope is not None and services.store.owner_of(batch_id) != caller.scope:
-        raise NotFound(f"no batch {batch_id}", param="batch_id")
+        raise no_such_batch(batch_id)

@@ -18,8 +18,8 @@ from api.auth import CallerDep, check_owner
 from api.file_batches import create_from_file
 from api.intake import choose_model, parse_create
 from api.services import Services, ServicesDep
-from headrace.batch import Batch, BatchStatus
-from headrace.errors import InvalidRequest, NotFound
+from headrace.batch import Batch, BatchStatus, no_such_batch
+from headrace.errors import InvalidRequest
 from headrace.schemas import BatchOut, BatchPage
 from headrace.screening import screen
 
@@ -34,7 +34,7 @@ _HEX = frozenset("0123456789abcdef")
 def check_id(batch_id: str) -> str:
     """Return a well-formed batch id. Raises `NotFound` for what can't be one, before a database chokes on its characters."""
     if len(batch_id) != 38 or not batch_id.startswith("batch_") or not _HEX.issuperset(batch_id[6:]):
-        raise NotFound(f"There is no batch {batch_id[:80]!r}; GET /v1/batches lists those that exist")
+        raise no_such_batch(batch_id)
     return batch_id
 
 

@@ -28,13 +28,14 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 _QUICKSTART = (
     (
         "curl",
-        """curl -s {base}/v1/batches \\
+        """BATCHES={base}/v1/batches
+curl -s $BATCHES \\
   -H 'Content-Type: application/json' \\
   -d '{"prompts": ["Name three rivers in France."],
        "gen_config": {"max_new_tokens": 64}}'
 
-curl -s {base}/v1/batches/batch_…
-curl -s {base}/v1/batches/batch_…/results.jsonl""",
+curl -s $BATCHES/batch_…
+curl -s $BATCHES/batch_…/results.jsonl""",
     ),
     (
         "Python",
@@ -54,10 +55,17 @@ for completion in client.results(batch.id):
         """from openai import OpenAI
 
 client = OpenAI(
-    base_url="{base}/v1", api_key="none")
-for batch in client.batches.list():
-    print(batch.id, batch.status,
-          batch.request_counts)""",
+    base_url="{base}/v1",
+    api_key="none")
+file = client.files.create(
+    file=open("requests.jsonl", "rb"),
+    purpose="batch")
+batch = client.batches.create(
+    input_file_id=file.id,
+    endpoint="/v1/chat/completions",
+    completion_window="24h")
+batch = client.batches.retrieve(batch.id)
+client.files.content(batch.output_file_id)""",
     ),
 )
 

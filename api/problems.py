@@ -77,7 +77,7 @@ def field_errors(errors: Sequence[Mapping[str, Any]]) -> list[FieldError]:
         cause = (error.get("ctx") or {}).get("error")
         message = str(error["msg"])
         if isinstance(cause, InvalidRequest):
-            loc += [cause.param] if cause.param else []
+            loc += [cause.param] if cause.param and cause.param not in loc else []
             message = cause.message
         elif error["type"] == "extra_forbidden":
             message = "there is no such field"

@@ -6,6 +6,7 @@ UPDATE that changes a state, `docs/lifecycle.md` draws it, and a test compares t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,6 +14,11 @@ from typing import Any, Final, Literal, NamedTuple
 
 from headrace.completion import CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt
+from headrace.errors import InvalidRequest, NotFound
+
+WINDOW: Final = r"([1-9][0-9]{0,5})([smhd])"
+"""What a completion window looks like."""
+_UNIT_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class BatchStatus(StrEnum):
@@ -177,3 +183,24 @@ class Batch:
         if self.started_at is None or self.updated_at is None or self.updated_at <= self.started_at:
             return None
         return self.updated_at - self.started_at
+
+
+def no_such_batch(batch_id: str) -> NotFound:
+    """Return the error for a batch that is not there: the same words whether it never was, was deleted, or is another's."""
+    return NotFound(f"There is no batch {batch_id[:80]!r}; GET /v1/batches lists those that exist", param="batch_id")
+
+
+def window_seconds(text: str) -> float:
+    """Return the length of a completion window such as '24h', '30m', '7d' or '90s'; raise `InvalidRequest` for other forms."""
+    match = re.fullmatch(WINDOW, text)
+    if match is None:
+        raise InvalidRequest(
+            f"completion_window must be a number and s, m, h or d, such as '24h', not {text!r}", param="completion_window"
+        )
+    return int(match[1]) * _UNIT_S[match[2]]
+
+
+def check_window(text: str) -> str:
+    """Return a completion window that has the right form; raise `InvalidRequest`."""
+    window_seconds(text)
+    return text

@@ -85,7 +85,7 @@ def reader(rules: Rules) -> Read:
 def first_config(rules: Rules, text: bytes) -> tuple[str | None, GenerationConfig | None]:
     """Return model and config that a file's first line names; None where it names none, or none that can be read."""
     try:
-        body = parse_json(text, line=1)["body"]
+        body = parse_json(text, is_first=True)["body"]
         model = body.get("model")
         config = _config_of(body, is_chat=rules.endpoint == CHAT)
     except (HeadraceError, LookupError, TypeError, AttributeError, ValueError, RecursionError):
@@ -107,7 +107,7 @@ def _read_request(rules: Rules, number: int, text: bytes | None) -> Item | Fault
     if text is None:
         return Fault("invalid_json_line", f"The line is longer than {MAX_LINE_BYTES:,} bytes.", number)
     try:
-        value = parse_json(text, line=number)
+        value = parse_json(text, is_first=number == 1)
     except InvalidRequest as error:
         return Fault("invalid_json_line", f"This line is not parseable as valid JSON: {error.message}.", number)
     return _envelope_fault(rules, number, value) or _answerable(rules, value)

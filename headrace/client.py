@@ -65,6 +65,9 @@ class Client:
             raise InvalidRequest(
                 f"base_url={base_url!r} is no URL such as http://127.0.0.1:8000: {error}", param="base_url"
             ) from None
+        if self._http.base_url.scheme not in ("http", "https"):
+            self._http.close()
+            raise InvalidRequest(f"base_url={base_url!r} must begin with http:// or https://", param="base_url")
         self._max_retries = max_retries
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""JSONL datasets: one prompt a line, read with bounded memory. A bad line is that row's error and nobody else's.
+"""JSONL datasets: one prompt a line, read with bounded memory, and the rows of their answers. A bad line is that row's error alone.
 
 A row is a JSON string, `{"prompt": TEXT}`, or `{"messages": [{"role": ..., "content": ...}, ...]}`; the objects may carry a
 `custom_id`. Blank lines are not rows. This module knows neither engines nor stores.
@@ -10,11 +10,11 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from headrace.completion import CompletionError
+from headrace.completion import Choice, Completion, CompletionError
 from headrace.config import ROLES, Prompt
 from headrace.errors import HeadraceError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedOption
 
@@ -56,8 +56,8 @@ def read_row(line: int, text: bytes | None, *, max_line_bytes: int = MAX_LINE_BY
     custom_id: str | None = None
     try:
         if text is None:
-            raise PayloadTooLarge(f"line {line} is longer than {max_line_bytes} bytes")
-        value = parse_json(text, line=line)
+            raise PayloadTooLarge(f"the row is longer than {max_line_bytes} bytes")
+        value = parse_json(text, is_first=line == 1)
         custom_id = _custom_id(value)
         return Row(index=0, line=line, custom_id=custom_id, prompt=parse_row(value))
     except HeadraceError as error:
@@ -74,20 +74,20 @@ def digest(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Digest:
     return Digest(sha256=hasher.hexdigest(), rows=rows)
 
 
-def parse_json(text: bytes, *, line: int) -> Any:
-    """Decode one line. Raise `InvalidRequest` saying where it is not UTF-8 or not JSON."""
-    if line == 1:  # editors and spreadsheets mark a file as UTF-8 so; it is no part of its first row
+def parse_json(text: bytes, *, is_first: bool) -> Any:
+    """Decode one line. Raise `InvalidRequest` saying where in it it is not UTF-8 or not JSON; which line it is its caller says."""
+    if is_first:  # editors and spreadsheets mark a file as UTF-8 so; it is no part of its first row
         text = text.removeprefix(codecs.BOM_UTF8)
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"line {line} is not UTF-8 (byte {error.start})") from None
+        raise InvalidRequest(f"the row is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise InvalidRequest(f"line {line} is not JSON (column {error.colno}: {error.msg})") from None
+        raise InvalidRequest(f"the row is not JSON (column {error.colno}: {error.msg})") from None
     except RecursionError:
-        raise InvalidRequest(f"line {line} is not JSON (nested too deeply)") from None
+        raise InvalidRequest("the row is not JSON (nested too deeply)") from None
     except ValueError:  # JSON, but Python reads no number of thousands of digits
-        raise InvalidRequest(f"line {line} has a number that is too long") from None
+        raise InvalidRequest("the row has a number that is too long") from None
 
 
 def parse_row(value: Any) -> Prompt:
@@ -108,6 +108,33 @@ def parse_row(value: Any) -> Prompt:
     if "prompt" in value:
         return _text(value["prompt"], "prompt")
     return _messages(value["messages"])
+
+
+def output_row(completion: Completion, custom_id: str | None = None) -> dict[str, Any]:
+    """Return a completion as a dataset row: `text` and `finish_reason` of the first choice, all `choices` where there are several."""
+    row: dict[str, Any] = {"index": completion.index}
+    if custom_id is not None:
+        row["custom_id"] = custom_id
+    if completion.error is not None:
+        return {**row, "error": {"code": completion.error.code, "message": completion.error.message}}
+    first = completion.choices[0]
+    row |= _choice(first)
+    if len(completion.choices) > 1:
+        row["choices"] = [_choice(choice) for choice in completion.choices]
+    if completion.prompt_logprobs is not None:
+        row["prompt_logprobs"] = [asdict(one) for one in completion.prompt_logprobs]
+    usage = completion.usage
+    return {
+        **row,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    row: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
+    return row if choice.logprobs is None else {**row, "logprobs": [asdict(one) for one in choice.logprobs]}
 
 
 def _custom_id(value: Any) -> str | None:

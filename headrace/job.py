@@ -17,14 +17,14 @@ import queue
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from headrace.batch import Batch, BatchStatus
-from headrace.completion import Choice, Completion, TokenUsage
+from headrace.completion import Completion, TokenUsage
 from headrace.config import ChatTemplateConfig, EngineConfig, GenerationConfig, Prompt, PytorchEngineConfig
-from headrace.dataset import Digest, digest, read_rows
+from headrace.dataset import Digest, digest, output_row, read_rows
 from headrace.errors import Conflict, EngineError, InvalidRequest
 from headrace.store import Claim, Store
 
@@ -157,8 +157,11 @@ def run_job(
 def _compute(
     store: Store, batch: Batch, spec: JobSpec, open_engine: Callable[[], JobEngine], report: Callable[[JobProgress], None]
 ) -> JobProgress:
+    waiting = _Run(store, batch, spec, report).progress(batch)
+    # Before the model is loaded, which takes a while: how much there is to do is known already.
+    report(waiting)
     if batch.status.is_terminal:
-        return _Run(store, batch, spec, report).progress(batch)
+        return waiting
     engine = open_engine()
     try:
         # Made only now: loading the model is not part of the rate.
@@ -363,33 +366,6 @@ def write_output(spec: JobSpec, completions: Iterator[Completion]) -> None:
 
 def _write_line(file: IO[str], completion: Completion, custom_id: str | None) -> None:
     file.write(json.dumps(output_row(completion, custom_id), ensure_ascii=False) + "\n")
-
-
-def output_row(completion: Completion, custom_id: str | None = None) -> dict[str, Any]:
-    """Return a completion as a dataset row: `text` and `finish_reason` of the first choice, all `choices` where there are several."""
-    row: dict[str, Any] = {"index": completion.index}
-    if custom_id is not None:
-        row["custom_id"] = custom_id
-    if completion.error is not None:
-        return {**row, "error": {"code": completion.error.code, "message": completion.error.message}}
-    first = completion.choices[0]
-    row |= _choice(first)
-    if len(completion.choices) > 1:
-        row["choices"] = [_choice(choice) for choice in completion.choices]
-    if completion.prompt_logprobs is not None:
-        row["prompt_logprobs"] = [asdict(one) for one in completion.prompt_logprobs]
-    usage = completion.usage
-    return {
-        **row,
-        "prompt_tokens": usage.prompt_tokens,
-        "cached_tokens": usage.cached_tokens,
-        "completion_tokens": usage.completion_tokens,
-    }
-
-
-def _choice(choice: Choice) -> dict[str, Any]:
-    row: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
-    return row if choice.logprobs is None else {**row, "logprobs": [asdict(one) for one in choice.logprobs]}
 
 
 def _brief(value: Any) -> str:

@@ -10,10 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    WithJsonSchema,
+)
 from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
-from headrace.batch import Batch, BatchStatus, RequestCounts
+from headrace.batch import WINDOW, Batch, BatchStatus, RequestCounts, check_window
 from headrace.completion import Completion, TokenUsage
 from headrace.config import ROLES, GenerationConfig
 
@@ -116,9 +125,9 @@ class BatchCreate(BaseModel):
         default=None, max_length=16, description="At most 16 pairs of your own; keys up to 64 characters, values up to 512."
     )
     priority: int = Field(default=0, ge=-1000, le=1000, description="Higher is served first.")
-    completion_window: str = Field(
+    completion_window: Annotated[str, AfterValidator(check_window)] = Field(
         default="24h",
-        pattern=r"^[1-9][0-9]{0,5}[smhd]$",
+        json_schema_extra={"pattern": f"^{WINDOW}$"},
         description="The batch expires after so many seconds, minutes, hours or days.",
     )
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from headrace.batch import CHAT, ROWS, TEXT, Batch
 from headrace.cli import console, options
-from headrace.dataset import MAX_LINE_BYTES, read_rows
+from headrace.dataset import MAX_LINE_BYTES, output_row, read_rows
 from headrace.errors import InvalidRequest, NotFound
-from headrace.job import output_row
 
 if TYPE_CHECKING:
     from headrace.client import Client
@@ -44,7 +43,7 @@ def endpoint_of(path: Path) -> str | None:
 
 
 def submit(client: Client, arguments: argparse.Namespace, endpoint: str) -> Batch:
-    """Upload the file, with progress, and make a batch of it."""
+    """Upload the file, with progress where that takes a while, and make a batch of it."""
     path: Path = arguments.input
     if arguments.prompt:
         raise InvalidRequest(
@@ -55,7 +54,8 @@ def submit(client: Client, arguments: argparse.Namespace, endpoint: str) -> Batc
             f"each line of {path} has sampling parameters of its own; leave --gen-config out", param="--gen-config"
         )
     size = path.stat().st_size
-    with console.progress(f"uploading {path.name}, MiB", size >> 20) as bar:
+
+    def send(on_progress: Callable[[int], None] | None = None) -> Batch:
         return client.submit_file(
             path,
             options.gen_config(arguments) if endpoint == ROWS else None,
@@ -65,8 +65,13 @@ def submit(client: Client, arguments: argparse.Namespace, endpoint: str) -> Batc
             priority=arguments.priority,
             completion_window=arguments.completion_window,
             idempotency_key=arguments.idempotency_key,
-            on_progress=lambda sent: bar.update(sent >> 20),
+            on_progress=on_progress,
         )
+
+    if not size >> 20:  # sent before one could look, and "0/0 MiB" says nothing
+        return send()
+    with console.progress(f"uploading {path.name}, MiB", size >> 20) as bar:
+        return send(lambda sent: bar.update(sent >> 20))
 
 
 def lines_of(client: Client, batch: Batch, source: Path) -> Iterator[str]:

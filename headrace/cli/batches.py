@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from headrace.batch import Batch
 from headrace.cli import batch_files, console, options
 from headrace.completion import CompletionError
-from headrace.dataset import Row, read_rows
+from headrace.dataset import Row, output_row, read_rows
 from headrace.errors import InvalidRequest
-from headrace.job import output_row
 
 if TYPE_CHECKING:
     from headrace.client import Client

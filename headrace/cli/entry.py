@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from headrace import __version__
 from headrace.cli import batches, demo, doctor, ending, job, keys, services, up
 from headrace.errors import HeadraceError, InvalidRequest, Unauthorized
 
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         description="Asynchronous batch inference: prompts in, every answer out, exactly once.",
         epilog="Settings come from HEADRACE_* variables: docs/environment.md lists them.",
     )
+    root.add_argument("--version", action="version", version=f"headrace {__version__}")
     root.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (demo, up, job, batches, ending, keys, services, doctor):

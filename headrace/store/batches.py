@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, tuple_, update
 
-from headrace.batch import Batch, BatchStatus, RequestCounts
+from headrace.batch import Batch, BatchStatus, RequestCounts, no_such_batch
 from headrace.completion import TokenUsage
 from headrace.config import GenerationConfig
-from headrace.errors import Conflict, NotFound
+from headrace.errors import Conflict
 from headrace.store import outputs
 from headrace.store.lifecycle import DELETING, advance, lock_batch
 from headrace.store.tables import GONE, OPEN, batches, chunks, completions, ingests, now, prompts
@@ -55,7 +55,7 @@ def get(connection: Connection, batch_id: str) -> Row[Any]:
     """Return the batch's row; raise `NotFound`."""
     row = connection.execute(select(batches).where(batches.c.id == batch_id, batches.c.status != DELETING)).first()
     if row is None:
-        raise NotFound(f"no batch {batch_id}", param="batch_id")
+        raise no_such_batch(batch_id)
     return row
 
 
@@ -63,7 +63,7 @@ def owner_of(connection: Connection, batch_id: str) -> str | None:
     """Return the API key's id that sent the batch; raise `NotFound`."""
     row = connection.execute(select(batches.c.owner).where(batches.c.id == batch_id)).first()
     if row is None:
-        raise NotFound(f"no batch {batch_id}", param="batch_id")
+        raise no_such_batch(batch_id)
     owner: str | None = row.owner
     return owner
 
@@ -77,7 +77,7 @@ def find(
     if after is not None:
         last = get(connection, after)
         if owner is not None and last.owner != owner:
-            raise NotFound(f"no batch {after}", param="batch_id")
+            raise no_such_batch(after)
         query = query.where(tuple_(batches.c.created_at, batches.c.id) < (last.created_at, last.id))
     if owner is not None:
         query = query.where(batches.c.owner == owner)
@@ -90,7 +90,7 @@ def begin_cancel(connection: Connection, batch_id: str) -> None:
     """Say that the batch is to stop: no-op when it already is; raise `NotFound`, and `Conflict` when it is over."""
     row = lock_batch(connection, batch_id)
     if row is None:
-        raise NotFound(f"no batch {batch_id}", param="batch_id")
+        raise no_such_batch(batch_id)
     if row.status == BatchStatus.CANCELLING or advance(connection, batch_id, BatchStatus.CANCELLING):
         return
     raise Conflict(f"Cannot cancel a batch with status '{row.status}'.")
@@ -100,7 +100,7 @@ def begin_delete(connection: Connection, batch_id: str) -> None:
     """Let nobody see a batch that is over any more; raise `NotFound`, and `Conflict` while it is not over."""
     row = lock_batch(connection, batch_id)
     if row is None:
-        raise NotFound(f"no batch {batch_id}", param="batch_id")
+        raise no_such_batch(batch_id)
     if not BatchStatus(row.status).is_terminal:
         raise Conflict(f"Cannot delete a batch with status '{row.status}'; cancel it first.")
     values = {"status": DELETING, "idempotency_key": None, "updated_at": now()}

@@ -14,9 +14,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, exists, func, or_, select, update
 
-from headrace.batch import TEXT, BatchStatus
+from headrace.batch import TEXT, BatchStatus, no_such_batch
 from headrace.config import GenerationConfig
-from headrace.errors import NotFound
 from headrace.store import turns
 from headrace.store.lifecycle import close_chunks, count_rows, is_stopping, settle
 from headrace.store.tables import LEASED, RUNNING, batches, chunks, completions, now, prompts
@@ -151,7 +150,7 @@ def message(connection: Connection, ref: ChunkRef) -> ChunkMessage:
     """Return what a worker needs for a chunk; raise `NotFound` when the batch is gone."""
     batch = connection.execute(select(batches.c.gen_config, batches.c.endpoint).where(batches.c.id == ref.batch_id)).first()
     if batch is None:
-        raise NotFound(f"no batch {ref.batch_id}")
+        raise no_such_batch(ref.batch_id)
     rows = connection.execute(
         select(prompts.c.index, prompts.c.body, prompts.c.gen_config).where(
             _in_range(prompts.c, ref.batch_id, ref.start, ref.stop), prompts.c.body.is_not(None)

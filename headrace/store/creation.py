@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from headrace.batch import BatchStatus, Item
+from headrace.batch import BatchStatus, Item, window_seconds
 from headrace.completion import CompletionError
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import HeadraceError, InvalidRequest, NotStored
@@ -27,7 +27,7 @@ from headrace.store.lifecycle import advance, lock_batch, settle
 from headrace.store.results import insert_rows, to_row
 from headrace.store.session import Database, insert_new
 from headrace.store.tables import batches, chunks, now, prompts
-from headrace.store.values import ChunkState, refusal, to_json, window_seconds
+from headrace.store.values import ChunkState, refusal, to_json
 
 SLICE_ROWS: Final = 2000
 SLICE_CHARS: Final = 4 * 1024 * 1024

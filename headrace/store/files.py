@@ -69,7 +69,7 @@ def lock(connection: Connection, file_id: str, *, owner: str | None = None) -> S
     query = select(files).where(files.c.id == file_id, files.c.state == PROCESSED, _seen_by(owner)).with_for_update()
     row = connection.execute(query).first()
     if row is None:
-        raise NotFound(f"no file {file_id}", param="input_file_id")
+        raise NotFound(f"There is no file {file_id!r}; GET /v1/files lists those that exist", param="input_file_id")
     return from_row(row)
 
 
@@ -147,7 +147,7 @@ class Files:
         query = select(files).where(files.c.id == file_id, files.c.state == PROCESSED, _seen_by(owner))
         row = self._database.read(lambda connection: connection.execute(query).first())
         if row is None:
-            raise NotFound(f"no file {file_id}", param="file_id")
+            raise NotFound(f"There is no file {file_id!r}; GET /v1/files lists those that exist", param="file_id")
         return from_row(row)
 
     def list(
@@ -169,7 +169,7 @@ class Files:
         if after is not None:
             last = self._database.read(lambda connection: connection.execute(listed.where(files.c.id == after)).first())
             if last is None:
-                raise NotFound(f"no file {after}", param="after")
+                raise NotFound(f"There is no file {after!r}; GET /v1/files lists those that exist", param="after")
             place = (last.created_at, last.id)
             query = query.where(tuple_(*columns) < place if newest_first else tuple_(*columns) > place)
         return self._database.read(lambda connection: [from_row(row) for row in connection.execute(query)])

@@ -6,7 +6,6 @@ Everything here is frozen. This module knows no SQL.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -17,8 +16,6 @@ from headrace.config import GenerationConfig, Prompt
 from headrace.errors import InvalidRequest
 
 MESSAGE_VERSION: Final = 1
-_WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
-_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _CHOICE_FIELDS = tuple(spec.name for spec in fields(Choice))
 
 
@@ -152,16 +149,6 @@ class WorkerInfo:
     age_s: float
     """Seconds since the last heartbeat, by the database's clock."""
     stats: Mapping[str, Any] = field(default_factory=dict)
-
-
-def window_seconds(text: str) -> float:
-    """Return the length of a completion window such as '24h', '30m', '7d' or '90s'; raise `InvalidRequest` for other forms."""
-    match = _WINDOW.fullmatch(text)
-    if match is None:
-        raise InvalidRequest(
-            f"completion_window must be a number and s, m, h or d, such as '24h', not {text!r}", param="completion_window"
-        )
-    return int(match[1]) * _UNIT_S[match[2]]
 
 
 def to_json(value: Any) -> str:

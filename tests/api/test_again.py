@@ -33,7 +33,7 @@ def test_failed_prompts_are_retried_and_the_old_batch_is_deleted(api: LiveApi, s
         assert (new.counts.total, new.metadata) == (2, {"retry_of": old.id})
         assert broker.count_waiting("echo") >= 1
         client.delete(old.id)
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match=f"There is no batch '{old.id}'; GET /v1/batches lists"):
             client.get(old.id)
         with pytest.raises(NotFound):
             client.delete(old.id)

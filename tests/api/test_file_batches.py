@@ -205,7 +205,7 @@ def test_files_are_listed_paged_read_and_deleted(client: openai.OpenAI) -> None:
     )  # fmt: skip
     assert client.files.delete(ids[0]).deleted
     for call in (client.files.retrieve, client.files.content, client.files.delete):
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError, match=f"There is no file '{ids[0]}'"):
             call(ids[0])
     with pytest.raises(openai.NotFoundError):
         list(client.files.list(after=ids[0]))

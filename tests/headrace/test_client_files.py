@@ -129,7 +129,10 @@ def test_the_command_line_sends_openais_format_and_writes_its_lines(
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(openai_line(number) for number in range(5)))
     assert main(["submit", str(source), "--url", api.url, "--wait", "-o", str(output), "--json"]) == 0
-    batch = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    # Of a file this small nothing could be seen but "0/0 MiB".
+    assert "uploading" not in shown.err
+    batch = json.loads(shown.out)
     assert (batch["status"], batch["endpoint"], batch["request_counts"]) == (
         "completed",
         CHAT,
@@ -162,6 +165,8 @@ def test_a_large_file_of_rows_is_uploaded_and_comes_back_in_order(
     monkeypatch.setattr("headrace.cli.batch_files.LARGE_BYTES", 100)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": f"p{i}", "custom_id": f"c{i}"}) for i in range(30)) + "\n\n{\n")
+    with source.open("a") as file:
+        file.write(" " * (1 << 20) + "\n")  # a blank line, so that there is a MiB to send
     assert main(["submit", str(source), "--url", api.url, "--wait", "-o", str(output)]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row.get("custom_id") for row in rows] == [*(f"c{i}" for i in range(30)), None]

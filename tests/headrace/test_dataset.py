@@ -52,7 +52,7 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        ("{not json", "invalid_request", "line 1 is not JSON"),
+        ("{not json", "invalid_request", "the row is not JSON (column 2: "),
         (b'"\xff"', "invalid_request", "not UTF-8"),
         ("[" * 100_000, "invalid_request", "JSON"),
         ("3", "invalid_request", "not int"),

@@ -129,6 +129,8 @@ def test_every_row_in_order_once(tmp_path: Path) -> None:
     assert rows[5]["error"]["code"] == "invalid_request"
     assert sorted(engine.seen) == [n for n in range(600) if n != 5]
     assert (result.batch.counts.completed, result.batch.counts.failed) == (599, 1)
+    # Before the model is loaded, a bar knows how far it goes.
+    assert (moments[0].done, moments[0].total) == (1, 600)
     assert moments[-1].done == 600
     assert result.progress.usage.completion_tokens == 599 * 2
 
