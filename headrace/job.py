@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from headrace.batch import Batch, BatchStatus
 from headrace.completion import Completion, TokenUsage
@@ -116,6 +116,16 @@ class JobProgress:
         return self.elapsed_s * (self.total - self.done) / fresh if fresh else None
 
 
+class Failures(NamedTuple):
+    """The rows that failed with one code."""
+
+    rows: int
+    line: int
+    """Where the first of them stands in the input, from 1."""
+    message: str
+    """What the first of them was told."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobResult:
     """What came of it."""
@@ -123,6 +133,8 @@ class JobResult:
     progress: JobProgress
     batch: Batch
     """The journal's batch: counts and tokens of all runs together."""
+    failures: Mapping[str, Failures]
+    """By error code, in the order of the rows."""
 
 
 def run_job(
@@ -150,8 +162,8 @@ def run_job(
             say(f"{batch.counts.done} of {batch.counts.total} rows are in {spec.journal_dir} already")
         progress = _compute(store, batch, spec, open_engine, report)
         batch = store.get_batch(batch.id)
-        write_output(spec, store.stream_results(batch.id))
-        return JobResult(progress=progress, batch=batch)
+        failures = write_output(spec, store.stream_results(batch.id))
+        return JobResult(progress=progress, batch=batch, failures=failures)
 
 
 def _compute(
@@ -350,18 +362,23 @@ def _copy(store: Store, spec: JobSpec, identity: dict[str, str]) -> Batch:
     )
 
 
-def write_output(spec: JobSpec, completions: Iterator[Completion]) -> None:
-    """Write one line for each row, in the input's order, and put the file in its place in one step."""
+def write_output(spec: JobSpec, completions: Iterator[Completion]) -> dict[str, Failures]:
+    """Write one line for each row, in the input's order, and put the file in its place in one step; return what failed."""
+    failures: dict[str, Failures] = {}
     scratch = spec.output.with_name(f".{spec.output.name}.{os.getpid()}.tmp")
     try:
         with scratch.open("w", encoding="utf-8") as file:
             for row, completion in zip(read_rows(spec.input), completions, strict=True):
                 _write_line(file, completion, row.custom_id)
+                if (error := completion.error) is not None:
+                    first = failures.get(error.code, Failures(0, row.line, error.message))
+                    failures[error.code] = first._replace(rows=first.rows + 1)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(spec.output)
     finally:
         scratch.unlink(missing_ok=True)
+    return failures
 
 
 def _write_line(file: IO[str], completion: Completion, custom_id: str | None) -> None:

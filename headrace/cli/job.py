@@ -17,6 +17,9 @@ EXAMPLE = """Rows of INPUT are a JSON string, {"prompt": "..."} or {"messages": 
 custom_id. Rows of OUTPUT, in the same order, have index, custom_id, text, finish_reason, prompt_tokens, cached_tokens and
 completion_tokens, or an error. Killed and started again, the same command computes only what is missing."""
 
+MOST_OF_A_MESSAGE = 300
+"""Characters of an error that are shown; all of it is in the output."""
+
 
 def add_commands(commands: Any) -> None:
     """Add `run`."""
@@ -105,6 +108,7 @@ def show(output: Path, result: JobResult, *, as_json: bool) -> None:
                 "output": str(output),
                 "rows": batch.counts.total,
                 "failed": batch.counts.failed,
+                "failures": {code: one._asdict() for code, one in result.failures.items()},
                 "computed": moment.done - moment.resumed,
                 "prompt_tokens": batch.usage.prompt_tokens,
                 "cached_tokens": batch.usage.cached_tokens,
@@ -118,3 +122,5 @@ def show(output: Path, result: JobResult, *, as_json: bool) -> None:
         f"{output}: {batch.counts.total} rows{failed}; {batch.usage.prompt_tokens} prompt and {batch.usage.completion_tokens} "
         f"generated tokens; this run computed {moment.done - moment.resumed} rows in {console.seconds(moment.elapsed_s)}"
     )
+    for code, one in result.failures.items():
+        console.say(f"{one.rows} x {code}, the first in line {one.line} of the input: {one.message[:MOST_OF_A_MESSAGE]}")

@@ -20,7 +20,7 @@ from servers import wait_until
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
 from headrace.config import GenerationConfig, Prompt, PytorchEngineConfig
 from headrace.errors import Conflict, EngineError, InvalidRequest
-from headrace.job import JobEngine, JobProgress, JobResult, JobSpec, run_job
+from headrace.job import Failures, JobEngine, JobProgress, JobResult, JobSpec, run_job
 from headrace.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +129,7 @@ def test_every_row_in_order_once(tmp_path: Path) -> None:
     assert rows[5]["error"]["code"] == "invalid_request"
     assert sorted(engine.seen) == [n for n in range(600) if n != 5]
     assert (result.batch.counts.completed, result.batch.counts.failed) == (599, 1)
+    assert result.failures == {"invalid_request": Failures(1, 6, rows[5]["error"]["message"])}
     # Before the model is loaded, a bar knows how far it goes.
     assert (moments[0].done, moments[0].total) == (1, 600)
     assert moments[-1].done == 600
@@ -256,6 +257,8 @@ def test_only_bad_rows_need_no_engine(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", 3, bad=(0, 1, 2))
     result = run_job(spec_of(tmp_path), never)
     assert result.batch.counts.failed == 3
+    (failures,) = result.failures.values()
+    assert (failures.rows, failures.line) == (3, 1)
     assert all("error" in row for row in rows_of(tmp_path / "out.jsonl"))
 
 
