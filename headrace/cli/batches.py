@@ -159,10 +159,11 @@ def run_status(arguments: argparse.Namespace) -> int:
                 console.out_json([batch_dict(batch) for batch in batches])
             else:
                 rows = [
-                    (b.id, b.status, f"{b.counts.done}/{b.counts.total}", b.counts.failed, b.usage.completion_tokens, b.model)
+                    (b.id, console.moment(b.created_at), b.status, f"{b.counts.done}/{b.counts.total}", b.counts.failed,
+                     b.usage.completion_tokens, b.model)
                     for b in batches
-                ]
-                console.out(console.table(("BATCH", "STATUS", "DONE", "FAILED", "TOKENS", "MODEL"), rows))
+                ]  # fmt: skip
+                console.out(console.table(("BATCH", "CREATED", "STATUS", "DONE", "FAILED", "TOKENS", "MODEL"), rows))
             return 0
         batch = client.get(arguments.batch_id)
         if arguments.wait:
@@ -260,6 +261,7 @@ def show_batch(batch: Batch, *, as_json: bool) -> None:
         ("batch", batch.id),
         ("status", batch.status),
         ("model", batch.model),
+        ("created", console.moment(batch.created_at)),
         ("prompts", f"{counts.total}: {counts.completed} answered, {counts.failed} failed, {counts.total - counts.done} open"),
         (
             "tokens",
@@ -269,6 +271,8 @@ def show_batch(batch: Batch, *, as_json: bool) -> None:
     ]
     if batch.eta_s and not batch.status.is_terminal:
         rows.append(("left", console.seconds(batch.eta_s)))
+    if batch.expires_at is not None and not batch.status.is_terminal:
+        rows.append(("expires", console.moment(batch.expires_at)))
     rows += [("error", _told(error)) for error in batch.errors[:MAX_SHOWN]]
     if len(batch.errors) > MAX_SHOWN:
         rows.append(("error", f"and {len(batch.errors) - MAX_SHOWN} more (--json shows them)"))

@@ -98,6 +98,11 @@ def seconds(value: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def moment(value: float) -> str:
+    """Return a Unix time as this machine's clock shows it, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+
+
 def shorten(text: str, width: int = 100) -> str:
     """Return a text on one line of at most `width` characters."""
     line = " ".join(text.split())

@@ -459,3 +459,13 @@ def test_progress_on_a_terminal_shows_names_as_they_are(
 )
 def test_durations_read_well(value: float | None, text: str) -> None:
     assert console.seconds(value) == text
+
+
+def test_moments_are_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC-2")
+    time.tzset()
+    try:
+        assert console.moment(1_700_000_000) == "2023-11-15 00:13"
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -162,6 +162,11 @@ def test_up_serves_survives_a_dead_worker_and_leaves_nothing_running(tmp_path: P
         batch = json.loads(submitted.stdout)
         assert (batch["status"], batch["request_counts"]["completed"], batch["completion_window"]) == ("completed", 2, "7d")
 
+        shown = cli("status", "--state-dir", state).stdout.splitlines()
+        assert shown[0].split() == ["BATCH", "CREATED", "STATUS", "DONE", "FAILED", "TOKENS", "MODEL"]
+        assert shown[1].split()[0] == batch["id"]
+        assert "created" in cli("status", batch["id"], "--state-dir", state).stdout
+
         what_the_readme_shows_works(urls["api"])
 
         family = descendants(process.pid)
