@@ -35,8 +35,17 @@ def api_process(settings: Settings, folder: Path) -> Iterator[tuple[HeadraceProc
     port = free_port()
     arguments = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port), "--no-access-log"]
     with HeadraceProcess(arguments, settings, folder / "api.log") as api:
-        wait_for(lambda: "Uvicorn running" in api.log_tail(10**6), timeout_s=60, what="the API is up", process=api)
-        yield api, f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        # Not by a line of its log: the API of the database before wrote the same one into the same file.
+        wait_for(lambda: _answers(url), timeout_s=60, what="the API is up", process=api)
+        yield api, url
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz").is_success
+    except httpx.TransportError:
+        return False
 
 
 def memory_mib(process: HeadraceProcess, field: str) -> float:
