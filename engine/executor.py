@@ -41,7 +41,7 @@ from engine.state_table import StateTable, table_bytes
 from engine.stopwatch import Stopwatch
 from engine.token_automata import TokenAutomata
 from engine.token_masks import TokenMasks
-from headrace.errors import InvalidRequest, OutOfDeviceMemory
+from headrace.errors import OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
 
@@ -147,13 +147,7 @@ def _measure(
     if device.type == "cpu":
         free //= group.size  # the ranks share the host's memory
     requests = table_bytes(num_slots=options.max_batch_size, session_len=options.session_len, block_size=options.block_size)
-    if requests >= free:
-        raise InvalidRequest(
-            f"max_batch_size={options.max_batch_size} requests of session_len={options.session_len} tokens need {requests} bytes for "
-            f"their token ids and block tables, but {free} are free; lower max_batch_size or session_len",
-            param="max_batch_size",
-        )
-    free -= requests
+    free = kv_cache.left_by_requests(options, requests=requests, free=free)
     # Every rank must hold the same number of blocks: the plan of one scheduler names blocks for all of them.
     num_blocks = group.smallest(kv_cache.choose_num_blocks(options, one_block=one_block, free=free))
     return MemoryReport(

@@ -50,6 +50,17 @@ def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype) -> int:
     return 2 * spec.num_layers * spec.num_kv_heads * block_size * spec.head_dim * dtype.itemsize
 
 
+def left_by_requests(options: EngineOptions, *, requests: int, free: int) -> int:
+    """Bytes of `free` that are left beside the `requests` bytes of running requests' own tables; `InvalidRequest` where none are."""
+    if requests >= free:
+        raise InvalidRequest(
+            f"max_batch_size={options.max_batch_size} requests of session_len={options.session_len} tokens need {_gib(requests)} for "
+            f"their token ids and block tables, but {_gib(free)} are free; lower max_batch_size or session_len",
+            param="max_batch_size",
+        )
+    return free - requests
+
+
 def choose_num_blocks(options: EngineOptions, *, one_block: int, free: int) -> int:
     """Settle how many blocks of `one_block` bytes fit into `free` bytes of memory.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from sqlalchemy import Connection, exists, select
@@ -25,11 +26,11 @@ def failed_prompts(database: Database, batch_id: str) -> Iterator[Item]:
     Raises `NotFound` when the batch is deleted meanwhile.
     """
     after = -1
-    while page := database.read(lambda connection, after=after: _page(connection, batch_id, after)):  # type: ignore[misc]
+    while page := database.read(partial(_page, batch_id=batch_id, after=after)):
         yield from (item for _, item in page)
         after = page[-1][0]
     # Deleted while it was read, the old batch looks as if it ended here: half of its prompts must not pass for all of them.
-    database.read(lambda connection: get(connection, batch_id))
+    database.read(partial(get, batch_id=batch_id))
 
 
 def metadata_of(old: Batch) -> dict[str, str]:
@@ -38,7 +39,7 @@ def metadata_of(old: Batch) -> dict[str, str]:
     return metadata if len(metadata) <= MAX_METADATA else dict(old.metadata)
 
 
-def _page(connection: Connection, batch_id: str, after: int) -> list[tuple[int, Item]]:
+def _page(connection: Connection, *, batch_id: str, after: int) -> list[tuple[int, Item]]:
     failed = exists().where(
         completions.c.batch_id == prompts.c.batch_id,
         completions.c.index == prompts.c.index,

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -141,7 +142,9 @@ class Store:
             lambda connection: batches.find(connection, after=after, limit=limit, status=status, owner=owner)
         )
 
-    def cancel_batch(self, batch_id: str, *, when_stopped: Callable[[], object] = _never, within_s: float = math.inf) -> Batch:
+    def cancel_batch(
+        self, batch_id: str, *, when_stopped: Callable[[], object] = lambda: None, within_s: float = math.inf
+    ) -> Batch:
         """Stop a batch: nobody begins on its prompts any more; then `when_stopped` is called, to tell those who work on some.
 
         Prompts that nobody works on get the error 'batch_cancelled' now, those of a chunk that a worker holds when the worker
@@ -185,10 +188,7 @@ class Store:
 
     def _erase(self, batch_id: str, stop: Callable[[], bool]) -> None:
         start = 0
-        while (
-            self._database.write(lambda connection, start=start: batches.delete_slice(connection, batch_id, start=start))  # type: ignore[misc]
-            and not stop()
-        ):
+        while self._database.write(partial(batches.delete_slice, batch_id=batch_id, start=start)) and not stop():
             start += batches.DELETE_SLICE
 
     def delete_outlived(self, *, retention_s: float, limit: int = 20) -> int:
@@ -211,7 +211,7 @@ class Store:
         """
         for batch_id in self._database.read(batches.find_due):
             # One at a time, and waiting for it: a batch that is always being written to is never free at first sight.
-            self._database.write(lambda connection, due=batch_id: batches.begin_expire(connection, due))  # type: ignore[misc]
+            self._database.write(partial(batches.begin_expire, batch_id=batch_id))
         given_up = self._database.write(batches.give_up_stalled)
         self._database.write(turns.forget_idle)
         return given_up + self.close_and_erase()
