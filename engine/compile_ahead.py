@@ -36,6 +36,9 @@ class CompileAhead:
         self._futures: list[Future[None]] = []
         if device.type != "cuda":
             return
+        from kernels.gpu.launchers import load_one_at_a_time  # a host without a GPU needs no Triton
+
+        load_one_at_a_time()
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="compile-ahead")
         self._futures += [pool.submit(_on_device, device, call) for call in _calls(spec, options, device)]
         pool.shutdown(wait=False)

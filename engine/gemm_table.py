@@ -50,6 +50,9 @@ def prepare(spec: ModelSpec, *, ranks: int, dtype: torch.dtype, device: torch.de
     """
     if device.type != "cuda":
         return ()
+    from kernels.gpu.launchers import load_one_at_a_time  # a host without a GPU needs no Triton
+
+    load_one_at_a_time()
     alone = ranks == 1  # among several ranks the sum takes the residual and the norm with it
     hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
     around = {"norm": False, "gated": False, "bias": False, "residual": False}

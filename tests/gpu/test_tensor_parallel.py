@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks_on_gpus
 import torch
-from engine_driver import run
 from rank_faults import Watched, eventually, is_gone, shared_memory, strike
 from tiny_models import save_tiny_model
 
 from engine.async_engine import AsyncEngine
-from engine.engine import Engine
-from engine.executor import LocalExecutor, make_executor
-from engine.options import EngineOptions, resolve
-from engine.parallel import Rendezvous
+from engine.options import resolve
 from engine.request import TokenRequest
 from engine.supervisor import Limits
 from headrace import GenerationConfig, PytorchEngineConfig
@@ -31,44 +24,6 @@ from headrace import GenerationConfig, PytorchEngineConfig
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")]
 
 ROOT = Path(__file__).parents[2]
-RANK = """
-import json, sys
-import torch
-torch.backends.cuda.matmul.allow_tf32 = False
-from engine.executor import serve_rank
-from engine.options import EngineOptions
-serve_rank(EngineOptions.from_dict(json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
-"""
-
-
-@contextmanager
-def engine_of(options: EngineOptions) -> Iterator[Engine]:
-    """An engine in this process, the other ranks in theirs."""
-    if options.tp == 1:
-        executor = LocalExecutor(options)
-        yield Engine(executor, options)
-        executor.close()
-        return
-    rendezvous = Rendezvous()
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    environment["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, json.dumps(options.to_dict()), str(rank), str(options.tp), rendezvous.address],
-            env=environment,
-        )
-        for rank in range(1, options.tp)
-    ]
-    try:
-        shared = make_executor(options, rendezvous)
-        yield Engine(shared, options)
-        shared.close()
-        assert [rank.wait(timeout=60) for rank in ranks] == [0] * len(ranks)
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-            rank.wait()
 
 
 def requests(vocab: int, count: int, **config: Any) -> list[TokenRequest]:
@@ -91,10 +46,7 @@ def tokens(path: Path, jobs: list[TokenRequest], **fields: Any) -> dict[str, tup
         "max_batch_size": 64,
         "session_len": 512,
     }
-    with engine_of(resolve(path, PytorchEngineConfig(**{**given, **fields}))) as engine:
-        answers = run(engine, jobs)
-        engine.check_integrity()
-    return {name: tuple(answer.token_ids) for name, answer in answers.items()}
+    return ranks_on_gpus.tokens(resolve(path, PytorchEngineConfig(**{**given, **fields})), jobs)
 
 
 def test_sums_of_real_ranks() -> None:
