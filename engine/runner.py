@@ -76,7 +76,7 @@ class Runner:
             count = sum(rows.scored.counts)
             running.report(self._scorer.score(self._head, hidden_RD[:count], rows.scored))
             hidden_RD = hidden_RD[count:]
-        if not rows.host:
+        if not len(rows.slots):
             return running
         logits_QV = self._head(hidden_RD)
         if self._sampler.waits_for_masks(rows):

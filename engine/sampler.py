@@ -192,7 +192,7 @@ class Sampler:
 
     def _asked(self, rows: SampledRows) -> _Trait:
         """Give what any row of the step asks for."""
-        return _Trait(int(np.bitwise_or.reduce(self._traits_S[[row.slot for row in rows.host]])))
+        return _Trait(int(np.bitwise_or.reduce(self._traits_S[rows.slots])))
 
     def sample(self, logits_QV: Tensor, rows: SampledRows, token_ids_SL: Tensor, masks: TokenMasks | None = None) -> Sampled:
         """Choose a token for each row. `logits_QV`, of any float type, may be changed; `token_ids_SL` is the table's history."""
@@ -211,7 +211,7 @@ class Sampler:
             self._automata.allow(logits_QV, rows)
         if _Trait.EDITS in asked:
             editing = self._rows_with(_Trait.EDITS, rows)
-            self._edit(logits_QV, rows, [(number, self._edits[rows.host[number].slot]) for number in editing], token_ids_SL)
+            self._edit(logits_QV, rows, [(number, self._edits[int(rows.slots[number])]) for number in editing], token_ids_SL)
         if _Trait.ENDS in asked:
             hold_back(logits_QV, rows.slots_Q, rows.output_indices_Q, self._until_S, self._ends_SE)
         tokens_Q, best_Q = sample(
@@ -224,7 +224,7 @@ class Sampler:
         )
         if not reports:
             return Sampled(tokens_Q, best_Q, (), (), None, held)
-        widths = tuple(self._widths[rows.host[number].slot] for number in reports)
+        widths = tuple(self._widths[int(rows.slots[number])] for number in reports)
         chosen_q = torch.where(torch.isfinite(best_Q), tokens_Q, 0)[self._index(reports)]
         logprobs = token_logprobs(raw_qV, chosen_q, min(max(widths), self._vocab_size))
         return Sampled(tokens_Q, best_Q, reports, widths, logprobs, held)
@@ -235,7 +235,7 @@ class Sampler:
         self._automata.advance(stored_2Q, rows)
 
     def _rows_with(self, trait: _Trait, rows: SampledRows) -> tuple[int, ...]:
-        traits_Q = self._traits_S[[row.slot for row in rows.host]]
+        traits_Q = self._traits_S[rows.slots]
         return tuple(np.flatnonzero(traits_Q & trait).tolist())
 
     def _inputs(self, rows: SampledRows) -> SamplingInputs:
@@ -267,20 +267,18 @@ class Sampler:
         banned += [
             (number, token)
             for number, wish in asking
-            if rows.host[number].output_index < wish.until
+            if rows.output_indices[number] < wish.until
             for token in wish.late[_MOST_ENDS:]
         ]
         if banned:
             ban(logits_QV, *self._pairs(banned))
-        ending = [
-            (number, ids) for number, wish in asking for ids in wish.sequences if len(ids) <= rows.host[number].length + 1
-        ]
+        ending = [(number, ids) for number, wish in asking for ids in wish.sequences if len(ids) <= rows.lengths[number] + 1]
         if ending:
             self._ban_ends(logits_QV, rows, ending, token_ids_SL)
 
     def _penalties(self, rows: SampledRows, punished: Sequence[tuple[int, _Edits]], token_ids_SL: Tensor) -> PenaltyInputs:
         numbers = self._index([number for number, _ in punished])
-        longest = max(rows.host[number].length for number, _ in punished)
+        longest = int(max(rows.lengths[number] for number, _ in punished))
         factors = np.array([wish.penalties for _, wish in punished], dtype=np.float64).T.copy()
         repetition_q, presence_q, frequency_q = upload(factors.view(np.int64), self._device).view(torch.float64).float()
         return PenaltyInputs(

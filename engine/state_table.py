@@ -18,20 +18,23 @@ import torch
 from torch import Tensor
 
 from engine.models.decoder import StepInputs
-from engine.plan import Admission, PlanRow, StepPlan
+from engine.plan import Admission, StepPlan
 from kernels.attention import AttentionMetadata
 from kernels.state import SingleRows, lay_out_singles, store_tokens
 
 Ints = npt.NDArray[np.int64]
 
 
-class SampledRow(NamedTuple):
-    """One row that samples, as the host knows it."""
+class _Columns(NamedTuple):
+    """`PlanRow`'s fields, each of all rows of a plan."""
 
-    slot: int
-    length: int
-    """Tokens before the one that is chosen; it is stored at this position."""
-    output_index: int
+    slots: tuple[int, ...]
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    samples: tuple[bool, ...]
+    output_indices: tuple[int, ...]
+    new_blocks: tuple[tuple[int, ...], ...]
+    scores: tuple[int, ...]
 
 
 class ScoredRows(NamedTuple):
@@ -44,9 +47,12 @@ class ScoredRows(NamedTuple):
 
 
 class SampledRows(NamedTuple):
-    """The rows of a step that sample, on the host and on the device, in the plan's order."""
+    """The rows of a step that sample, in the plan's order, on the host and on the device."""
 
-    host: tuple[SampledRow, ...]
+    slots: Ints
+    lengths: Ints
+    """Tokens before the one that is chosen; it is stored at this position."""
+    output_indices: Ints
     slots_Q: Tensor
     """int64, as the next two."""
     lengths_Q: Tensor
@@ -95,76 +101,71 @@ class StateTable:
 
     def inputs(self, plan: StepPlan) -> tuple[StepInputs, SampledRows]:
         """Append the plan's new blocks and lay out its rows (at least one) for the model."""
-        rows = plan.rows
-        if all(row.count == 1 and row.samples and not row.scores for row in rows):
+        # By columns: a thousand rows looked at one by one take a millisecond of a small model's step.
+        rows = _Columns(*zip(*plan.rows, strict=True))
+        if rows.counts.count(1) == len(rows.counts) and all(rows.samples) and not any(rows.scores):
             return self._single_inputs(rows)
         return self._packed_inputs(rows)
 
-    def _single_inputs(self, rows: Sequence[PlanRow]) -> tuple[StepInputs, SampledRows]:
+    def _single_inputs(self, rows: _Columns) -> tuple[StepInputs, SampledRows]:
         """Lay out rows of one token each in `singles`: one copy up and one launch, whatever their number."""
-        count = len(rows)
+        count = len(rows.slots)
         packed_R4 = np.full((len(self.singles.slots_R), 4), -1, dtype=np.int32)
-        packed_R4[:count] = [
-            (slot, start, index, new_blocks[0] if new_blocks else -1) for slot, start, _, _, index, new_blocks, _ in rows
-        ]
+        packed_R4[:count, 0], packed_R4[:count, 1], packed_R4[:count, 2] = rows.slots, rows.starts, rows.output_indices
+        packed_R4[:count, 3] = [blocks[0] if blocks else -1 for blocks in rows.new_blocks]
         lay_out_singles(
             upload(packed_R4, self._device), self.token_ids_SL, self._block_tables_SP, self._block_size, self.singles
         )
-        slots, starts, indices, _ = packed_R4[:count].T.tolist()
-        contexts = tuple(start + 1 for start in starts)
-        longest = max(contexts)
+        slots, starts, indices = packed_R4[:count, :3].T.astype(np.int64)
+        lengths = starts + 1
+        longest = int(lengths.max())
         pages = -(-longest // self._block_size)
+        singles = self.singles
         attention = AttentionMetadata(
-            block_tables_RP=self.singles.block_tables_RP[:count, :pages],
+            block_tables_RP=singles.block_tables_RP[:count, :pages],
             query_start_R1=self._query_start_R1[: count + 1],
-            context_lens_R=self.singles.context_lens_R[:count],
+            context_lens_R=singles.context_lens_R[:count],
             num_single=count,
             max_query_len=1,
             max_context_len=longest,
             query_lens=(1,) * count,
-            host_context_lens=contexts,
+            host_context_lens=self._on_host(lengths),
         )
         inputs = StepInputs(
-            tokens_T=self.singles.tokens_R[:count],
-            positions_T=self.singles.positions_R[:count],
-            slots_T=self.singles.cache_slots_R[:count],
+            tokens_T=singles.tokens_R[:count],
+            positions_T=singles.positions_R[:count],
+            slots_T=singles.cache_slots_R[:count],
             attention=attention,
             sampled_R=None,
         )
-        host = tuple(map(SampledRow, slots, contexts, indices))
-        singles = self.singles
-        sampled = SampledRows(host, singles.slots_R[:count], singles.lengths_R[:count], singles.output_indices_R[:count])
-        return inputs, sampled
+        on_device = singles.slots_R[:count], singles.lengths_R[:count], singles.output_indices_R[:count]
+        return inputs, SampledRows(slots, lengths, indices, *on_device)
 
-    def _packed_inputs(self, rows: Sequence[PlanRow]) -> tuple[StepInputs, SampledRows]:
+    def _packed_inputs(self, rows: _Columns) -> tuple[StepInputs, SampledRows]:
         """Lay out rows of any length one behind the other."""
-        self._append_blocks([(row.slot, row.start, row.new_blocks) for row in rows if row.new_blocks])
-        num_rows = len(rows)
-        columns = np.array([(row.slot, row.start, row.count, row.scores) for row in rows], dtype=np.int64)
-        slots, starts, counts, scores = columns.T
-        ends = np.cumsum(counts)
-        sampled = tuple((row, int(end) - 1) for row, end in zip(rows, ends.tolist(), strict=True) if row.samples)
-        host = tuple(SampledRow(row.slot, row.start + row.count, row.output_index) for row, _ in sampled)
-        picked = np.array(
-            [(one.slot, one.length, one.output_index, last) for one, (_, last) in zip(host, sampled, strict=True)],
-            dtype=np.int64,
+        news = zip(rows.slots, rows.starts, rows.new_blocks, strict=True)
+        self._append_blocks([(slot, start, blocks) for slot, start, blocks in news if blocks])
+        num_rows = len(rows.slots)
+        slots, starts, counts, scores, indices = (
+            np.array(column, dtype=np.int64)
+            for column in (rows.slots, rows.starts, rows.counts, rows.scores, rows.output_indices)
         )
-        packed = upload(
-            np.concatenate([slots, starts, counts, starts + counts, [0], ends, picked.reshape(-1, 4).T.ravel()]), self._device
-        )
-        sizes = [num_rows] * 4 + [num_rows + 1] + [len(host)] * 4
+        contexts, ends = starts + counts, np.cumsum(counts)
+        picked = np.flatnonzero(rows.samples)
+        sampled = slots[picked], contexts[picked], indices[picked]
+        packed = upload(np.concatenate([slots, starts, counts, contexts, [0], ends, *sampled, ends[picked] - 1]), self._device)
+        sizes = [num_rows] * 4 + [num_rows + 1] + [len(picked)] * 4
         slots_R, starts_R, counts_R, contexts_R, query_start_R1, slots_Q, lengths_Q, indices_Q, last_Q = packed.split(sizes)
-        contexts = tuple((starts + counts).tolist())
-        longest = max(contexts)
+        longest = int(contexts.max())
         attention = AttentionMetadata(
             block_tables_RP=self._block_tables_SP.index_select(0, slots_R)[:, : -(-longest // self._block_size)].contiguous(),
             query_start_R1=query_start_R1.to(torch.int32),
             context_lens_R=contexts_R.to(torch.int32),
-            num_single=_count_single(rows),
+            num_single=_count_single(rows.counts),
             max_query_len=int(counts.max()),
             max_context_len=longest,
-            query_lens=tuple(counts.tolist()),
-            host_context_lens=contexts,
+            query_lens=rows.counts,
+            host_context_lens=self._on_host(contexts),
         )
         num_tokens = int(ends[-1])
         if num_tokens == num_rows:
@@ -182,9 +183,13 @@ class StateTable:
             positions_T=positions_T,
             slots_T=self._cache_slots(slot_T, positions_T),
             attention=attention,
-            sampled_R=None if len(host) == num_tokens and scored is None else last_Q,
+            sampled_R=None if len(picked) == num_tokens and scored is None else last_Q,
         )
-        return inputs, SampledRows(host, slots_Q, lengths_Q, indices_Q, scored)
+        return inputs, SampledRows(*sampled, slots_Q, lengths_Q, indices_Q, scored)
+
+    def _on_host(self, contexts: Ints) -> tuple[int, ...] | None:
+        """Give what only the CPU's attention reads."""
+        return tuple(contexts.tolist()) if self._device.type == "cpu" else None
 
     def store(self, rows: SampledRows, tokens_Q: Tensor, best_Q: Tensor) -> Tensor:
         """Write the sampled tokens behind their rows' last ones, from where the next plan computes them.
@@ -193,14 +198,14 @@ class StateTable:
         """
         return store_tokens(tokens_Q, best_Q, rows.slots_Q, rows.lengths_Q, self.token_ids_SL)
 
-    def _scored(self, rows: Sequence[PlanRow], firsts: Ints) -> tuple[ScoredRows, Tensor]:
+    def _scored(self, rows: _Columns, firsts: Ints) -> tuple[ScoredRows, Tensor]:
         """Find the rows that score and where in the step their scored positions stand; `firsts`: where each row does."""
-        scoring = [(row, int(first)) for row, first in zip(rows, firsts, strict=True) if row.scores]
-        places = [np.arange(first, first + row.scores) for row, first in scoring]
-        following = [np.arange(row.scores) + row.slot * self._width + row.start + 1 for row, _ in scoring]
+        scoring = [one for one in zip(rows.slots, rows.starts, rows.scores, firsts.tolist(), strict=True) if one[2]]
+        places = [np.arange(first, first + scores) for _, _, scores, first in scoring]
+        following = [np.arange(scores) + slot * self._width + start + 1 for slot, start, scores, _ in scoring]
         places_P, following_P = upload(np.concatenate(places + following), self._device).chunk(2)
         targets_P = self.token_ids_SL.view(-1).index_select(0, following_P).to(torch.int64)
-        slots, counts = tuple(row.slot for row, _ in scoring), tuple(row.scores for row, _ in scoring)
+        slots, _, counts, _ = zip(*scoring, strict=True)
         return ScoredRows(slots, counts, targets_P), places_P
 
     def _cache_slots(self, slot_T: Tensor, positions_T: Tensor) -> Tensor:
@@ -229,6 +234,6 @@ class StateTable:
         table.view(-1).index_copy_(0, places, contents.to(torch.int32))
 
 
-def _count_single(rows: Sequence[PlanRow]) -> int:
+def _count_single(counts: Sequence[int]) -> int:
     """Count the leading rows of one token."""
-    return next((number for number, row in enumerate(rows) if row.count != 1), len(rows))
+    return next((number for number, count in enumerate(counts) if count != 1), len(counts))

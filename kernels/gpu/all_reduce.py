@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch_ahead
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 
 if TYPE_CHECKING:
     from kernels.all_reduce import Peers
@@ -83,6 +84,7 @@ def _total(p_ranks, o_x, m_x, SIZE: tl.constexpr):
     return b_sum.to(p_ranks[0].dtype.element_ty)
 
 
+@quick
 @triton.jit(do_not_specialize=["flags_from", "rows"])
 def _one_shot_kernel(
     p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, p_residual, p_weight, p_out, rows, eps,
@@ -117,6 +119,7 @@ def _one_shot_kernel(
             tl.store(p_out + o_x, b_sum, mask=m_d)
 
 
+@quick
 @triton.jit(do_not_specialize=["flags_from", "share"])
 def _two_shot_kernel(
     p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, numel, share,
@@ -143,6 +146,7 @@ def _two_shot_kernel(
         tl.store(p_counts + i_program, count + 1)
 
 
+@quick
 @triton.jit(do_not_specialize=["flags_from", "first", "rows", "share"])
 def _share_kernel(
     p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, p_own, p_inbox, p_residual, p_weight, first, rows, share, eps,
@@ -181,6 +185,7 @@ def _share_kernel(
         tl.store(p_counts + i_program, count + 1)
 
 
+@quick
 @triton.jit(do_not_specialize=["flags_from", "rows"])
 def _gather_kernel(
     p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, p_out, rows, C,
@@ -239,7 +244,7 @@ def _one_shot(
     part = peers.parts[peers.rank]
     out_TD = torch.empty((rows, dim), dtype=part.dtype, device=part.device)
     if rows:
-        block = triton.next_power_of_2(dim)
+        block = power_of_2(dim)
         _one_shot_kernel[(_num_programs(rows),)](
             *_addresses(peers),
             peers.flags_from,
@@ -274,7 +279,7 @@ def two_shot(peers: Peers, rows: int, dim: int) -> Tensor:
     part = peers.parts[peers.rank]
     numel = rows * dim
     if numel:
-        share = triton.cdiv(triton.cdiv(numel, _TWO_SHOT_BLOCK), len(peers.parts))
+        share = ceil_div(ceil_div(numel, _TWO_SHOT_BLOCK), len(peers.parts))
         _two_shot_kernel[(min(share, MAX_PROGRAMS),)](
             *_addresses(peers),
             peers.flags_from,
@@ -293,7 +298,7 @@ def share_add_rms_norm(
 ) -> None:
     """See `kernels.all_reduce.share_add_rms_norm`."""
     rows, dim = own_SD.shape
-    block = triton.next_power_of_2(dim)
+    block = power_of_2(dim)
     _share_kernel[(_num_programs(share),)](
         *_addresses(peers),
         peers.flags_from,
@@ -318,7 +323,7 @@ def gather_columns(peers: Peers, rows: int, columns: int) -> Tensor:
     part = peers.parts[peers.rank]
     out_RC = torch.empty((rows, len(peers.parts) * columns), dtype=part.dtype, device=part.device)
     if rows:
-        tiles = rows * triton.cdiv(columns, _GATHER_BLOCK)
+        tiles = rows * ceil_div(columns, _GATHER_BLOCK)
         _gather_kernel[(min(tiles, MAX_PROGRAMS),)](
             *_addresses(peers),
             peers.flags_from,

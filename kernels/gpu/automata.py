@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
+
 if TYPE_CHECKING:
     from kernels.automata import Places, States, Vocabulary
 
@@ -17,6 +19,7 @@ _WORDS = 32
 _BLOCK = 8192
 
 
+@quick
 @triton.jit(do_not_specialize_on_alignment=["p_rows"])
 def _fill_masks_kernel(p_rows, p_next, p_starts, p_bytes, p_masks, p_counts, V, W, WORDS: tl.constexpr):
     i_state = tl.load(p_rows + tl.program_id(0))
@@ -45,7 +48,7 @@ def fill_masks(states: States, vocabulary: Vocabulary, rows_n: Tensor) -> None:
     width = states.masks_NW.shape[1]
     states.counts_N.index_fill_(0, rows_n, 0)
     if len(rows_n):
-        _fill_masks_kernel[(len(rows_n), triton.cdiv(width, _WORDS))](
+        _fill_masks_kernel[(len(rows_n), ceil_div(width, _WORDS))](
             rows_n, states.next_N256, vocabulary.starts_V1, vocabulary.bytes_B, states.masks_NW, states.counts_N,
             len(vocabulary.starts_V1) - 1, width, WORDS=_WORDS,
         )  # fmt: skip
@@ -57,6 +60,7 @@ def _mask_bit(p_mask, token, W):
     return (tl.load(p_mask + (token >> 5), mask=(token >> 5) < W, other=0) >> (token & 31)) & 1
 
 
+@quick
 @triton.jit(do_not_specialize_on_alignment=["p_slots", "p_indices"])
 def _allow_kernel(
     p_logits, p_slots, p_indices, p_places, p_final, p_counts, p_masks, row_stride, V, W, X, BLOCK: tl.constexpr
@@ -93,13 +97,14 @@ def allow_by_state(logits_QV: Tensor, slots_Q: Tensor, indices_Q: Tensor, places
     """See `kernels.automata.allow_by_state`."""
     rows, vocab = logits_QV.shape
     if rows:
-        block = min(_BLOCK, triton.next_power_of_2(vocab))
-        _allow_kernel[(rows, triton.cdiv(vocab, block))](
+        block = min(_BLOCK, power_of_2(vocab))
+        _allow_kernel[(rows, ceil_div(vocab, block))](
             logits_QV, slots_Q, indices_Q, places.table_SX, states.final_N, states.counts_N, states.masks_NW,
             logits_QV.stride(0), vocab, states.masks_NW.shape[1], places.table_SX.shape[1], BLOCK=block, num_warps=8,
         )  # fmt: skip
 
 
+@quick
 @triton.jit(do_not_specialize=["Q"], do_not_specialize_on_alignment=["p_slots", "p_indices"])
 def _advance_kernel(p_stored, p_slots, p_indices, p_places, p_next, p_final, p_goes_on, p_starts, p_bytes, Q, X):
     i_row = tl.program_id(0)

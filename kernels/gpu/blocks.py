@@ -8,9 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
+
 _CHUNK = 4096
 
 
+@quick
 @triton.jit
 def _copy_kernel(p_from, p_to, p_pairs, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     i_pair = tl.program_id(0)
@@ -39,6 +42,6 @@ def _copy(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs_P2: T
     pairs_P2 = pairs_P2.contiguous()
     for source, destination in zip(sources, destinations, strict=True):
         size = source[0].numel()
-        chunk = min(_CHUNK, triton.next_power_of_2(size))
-        grid = (len(pairs_P2), triton.cdiv(size, chunk))
+        chunk = min(_CHUNK, power_of_2(size))
+        grid = (len(pairs_P2), ceil_div(size, chunk))
         _copy_kernel[grid](source, destination, pairs_P2, SIZE=size, CHUNK=chunk, num_warps=4)

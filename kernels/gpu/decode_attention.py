@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.gpu.decode_plan import FIELDS, DecodePlan
 from kernels.gpu.paging import page_of, tile_offsets
+from kernels.gpu.quick_launch import power_of_2, quick
 
 # Partial results that the combining program loads at once: enough to hide one load behind another, few enough for its registers.
 _PARTS = 8
@@ -78,6 +79,7 @@ def _combine(
     tl.store(p_to + o_g[:, None] * H + o_h[None, :], b_out.to(p_to.dtype.element_ty), mask=m_gh)
 
 
+@quick
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def _decode_kernel(
     p_q, p_k_cache, p_v_cache, p_tables, p_units, p_arrivals, p_out, p_partial, p_lse, q_token, q_head, table_stride, scale, window,
@@ -166,11 +168,11 @@ def decode_attention(
         plan.sliding_window or 0,
         K=num_kv_heads,
         GROUP=group,
-        GROUP_2=triton.next_power_of_2(group),
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        GROUP_2=power_of_2(group),
+        GROUP_PAD=max(16, power_of_2(group)),
         S=size,
         H=head_dim,
-        H_PAD=triton.next_power_of_2(head_dim),
+        H_PAD=power_of_2(head_dim),
         TILE=plan.shape.tile,
         PARTS=_PARTS,
         FIELDS=FIELDS,

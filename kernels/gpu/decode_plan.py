@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.quick_launch import ceil_div, quick
+
 FIELDS = 8
 """int32 of a unit: row (-1 = no work), first and end tile, the row's context, part, parts of the row, slot of its first part."""
 _BLOCK = 64
@@ -85,6 +87,7 @@ def _parts(p_lens, o_r, R, window, cap, TILE: tl.constexpr, WINDOW: tl.constexpr
     return b_context, b_low, b_tiles, tl.where(o_r < R, b_parts, 0), b_size
 
 
+@quick
 @triton.jit(do_not_specialize=["R", "window", "share_of", "least", "num_units", "num_arrivals"])
 def _plan_kernel(
     p_lens, p_units, p_arrivals, R, window, share_of, least, num_units, num_arrivals,
@@ -135,7 +138,7 @@ def plan_decode(context_lens_R: Tensor, *, num_kv_heads: int, sliding_window: in
     share_of = max(1, shape.programs // num_kv_heads)
     units = torch.empty((rows + share_of, FIELDS), dtype=torch.int32, device=device)
     arrivals = torch.empty((2 * share_of, num_kv_heads), dtype=torch.int32, device=device)
-    _plan_kernel[(triton.cdiv(rows, _BLOCK),)](
+    _plan_kernel[(ceil_div(rows, _BLOCK),)](
         context_lens_R,
         units,
         arrivals,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.paging import page_of, tile_offsets
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 
 
 @triton.jit
@@ -57,6 +58,7 @@ def _prefill_tile(
     return b_acc, b_sum, b_new
 
 
+@quick
 @triton.jit(do_not_specialize=["table_stride", "window", "first_row"])
 def _prefill_kernel(
     p_q, p_k_cache, p_v_cache, p_tables, p_starts, p_lens, p_out, q_token, q_head, table_stride, scale, window, first_row,
@@ -148,7 +150,7 @@ def prefill_attention(
     """Attend the query tokens of rows `first_row` .. `first_row + num_rows - 1` into `out_TNH` (contiguous)."""
     _, num_heads, head_dim = q_TNH.shape
     num_kv_heads, size = k_cache_BKSH.shape[1:3]
-    _prefill_kernel[(num_heads, triton.cdiv(max_query_len, shape.block_m), num_rows)](
+    _prefill_kernel[(num_heads, ceil_div(max_query_len, shape.block_m), num_rows)](
         q_TNH,
         k_cache_BKSH,
         v_cache_BKSH,
@@ -165,7 +167,7 @@ def prefill_attention(
         K=num_kv_heads,
         S=size,
         H=head_dim,
-        H_PAD=triton.next_power_of_2(head_dim),
+        H_PAD=power_of_2(head_dim),
         BLOCK_M=shape.block_m,
         TILE=shape.tile,
         WINDOW=sliding_window is not None,

@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch_ahead
+from kernels.gpu.quick_launch import power_of_2, quick
 
 
+@quick
 @triton.jit
 def _rms_norm_kernel(
     p_x, p_residual, p_weight, p_out, x_stride, residual_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
@@ -43,7 +45,7 @@ def _launch(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: flo
     rows = x_TD.reshape(-1, dim)
     residual = rows if residual_TD is None else residual_TD.view(-1, dim)
     if len(rows):
-        block = triton.next_power_of_2(dim)
+        block = power_of_2(dim)
         _rms_norm_kernel[(len(rows),)](
             rows,
             residual,

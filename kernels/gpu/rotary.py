@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch_ahead
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 
 _HEADS = 8
 
@@ -49,6 +50,7 @@ def _rotate_heads(
         tl.store(p_to + o_n[:, None] * to_stride + o_r[None, :], b_rest.to(p_to.dtype.element_ty), mask=m_nr)
 
 
+@quick
 @triton.jit(do_not_specialize_on_alignment=["p_positions", "p_slots"])
 def _rotary_kernel(
     p_q, p_k, p_v, p_out, p_k_cache, p_v_cache, p_angles, p_positions, p_slots, p_q_norm, p_k_norm, eps,
@@ -110,8 +112,8 @@ def rotary_kv_write(
     out_TNH = torch.empty((tokens, num_heads, head_dim), dtype=q_TNH.dtype, device=q_TNH.device)
     if not tokens:
         return out_TNH
-    heads = min(_HEADS, triton.next_power_of_2(num_heads))
-    grid = (tokens, triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads))
+    heads = min(_HEADS, power_of_2(num_heads))
+    grid = (tokens, ceil_div(num_heads, heads) + 2 * ceil_div(num_kv_heads, heads))
     _rotary_kernel[grid](
         q_TNH,
         k_TKH,
@@ -133,10 +135,10 @@ def rotary_kv_write(
         K=num_kv_heads,
         S=size,
         H=head_dim,
-        H_PAD=triton.next_power_of_2(head_dim),
+        H_PAD=power_of_2(head_dim),
         ROTARY=rotary,
-        HALF_PAD=triton.next_power_of_2(rotary // 2),
-        REST_PAD=triton.next_power_of_2(max(1, head_dim - rotary)),
+        HALF_PAD=power_of_2(rotary // 2),
+        REST_PAD=power_of_2(max(1, head_dim - rotary)),
         HEADS=heads,
         Q_NORM=q_norm_H is not None,
         K_NORM=k_norm_H is not None,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.quick_launch import power_of_2, quick
 from kernels.gpu.thresholds import draw_row, key_of, kth_key, nucleus_key, pick, row_values, value_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def _argmax(p_row, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     return tl.min(tl.where(b_best == best, b_at, 0x7FFFFFFF), axis=0), _or_nan(best, b_nan)
 
 
+@quick
 @triton.jit
 def _argmax_kernel(p_logits, p_out, p_best, row_stride, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
@@ -142,6 +144,7 @@ def _draw_candidates(b_x, b_weight, p_ids, k, top_p, least, u, mass, SHIFT: tl.c
     return tl.load(p_ids + pick(b_weight, u * tl.sum(b_weight, axis=0)))
 
 
+@quick
 @triton.jit(
     do_not_specialize_on_alignment=["p_temperature", "p_top_k", "p_top_p", "p_min_p", "p_seed", "p_position", "p_choice"]
 )
@@ -227,7 +230,7 @@ def choose_shape(vocab: int, *, any_random: bool, any_top_k: bool) -> SampleShap
     More groups or warps make every step of a search wait for more threads (512 rows of top-k 40 and top-p: 137 us with 1,024 groups and
     4 warps, 183 with twice both); the loads are hidden by the stages. A nucleus without a k is wide and wants more groups.
     """
-    size = triton.next_power_of_2(vocab)
+    size = power_of_2(vocab)
     if not any_random:
         groups = min(4096, size)
         return SampleShape(groups=groups, num_warps=max(4, min(32, groups // 128)), stages=1, gather=groups)

@@ -8,10 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch_ahead
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 
 _BLOCK = 1024
 
 
+@quick
 @triton.jit
 def _silu_mul_kernel(p_x, p_out, x_stride, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     launch_ahead.release(PDL)
@@ -31,8 +33,8 @@ def silu_mul(x_T2F: Tensor) -> Tensor:
     tokens, dim = x_T2F.shape[0], x_T2F.shape[1] // 2
     out_TF = torch.empty((tokens, dim), dtype=x_T2F.dtype, device=x_T2F.device)
     if tokens:
-        block = min(_BLOCK, triton.next_power_of_2(dim))
-        _silu_mul_kernel[(tokens, triton.cdiv(dim, block))](
+        block = min(_BLOCK, power_of_2(dim))
+        _silu_mul_kernel[(tokens, ceil_div(dim, block))](
             x_T2F,
             out_TF,
             x_T2F.stride(0),

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import launch_ahead
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 from kernels.gpu.rms_norm import rms_norm
 
 MAX_ROWS = 64
@@ -67,6 +68,7 @@ def _finish(
     return b_y
 
 
+@quick
 @triton.jit(do_not_specialize=["N"])
 def _stream_kernel(
     p_x, p_weight, p_bias, p_norm, p_residual, p_out, N, K, x_stride, residual_stride, out_stride, eps,
@@ -132,6 +134,7 @@ def _stream_kernel(
         tl.store(p_out + i_row * out_stride + o_n, b_y.to(p_out.dtype.element_ty), mask=o_n < N)
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "N"])
 def _dot_kernel(
     p_x, p_weight, p_bias, p_residual, p_out, rows, N, K, x_stride, residual_stride, out_stride,
@@ -238,10 +241,10 @@ def skinny_linear(
         x_TI, norm_I = rms_norm(x_TI, norm_I, eps), None
     flags: dict[str, Any] = {"GATED": gated, "BIAS": bias_O is not None, "RESIDUAL": residual_TO is not None}
     flags |= {"BN": shape.columns, "BK": shape.depth, "num_warps": shape.num_warps, **launch_ahead.options(x_TI.device)}
-    grid = (triton.cdiv(width, shape.columns),)
+    grid = (ceil_div(width, shape.columns),)
     sizes = (width, inner, x_TI.stride(0), out_TO.stride(0), out_TO.stride(0))
     if shape.dot:
-        rows_padded = max(16, triton.next_power_of_2(rows))
+        rows_padded = max(16, power_of_2(rows))
         _dot_kernel[grid](
             x_TI, weight_OI, bias_O, out_TO, out_TO, rows, *sizes, M=rows_padded, STAGES=shape.stages, **flags
         )  # fmt: skip

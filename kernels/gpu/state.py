@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
+
 if TYPE_CHECKING:
     from kernels.state import SingleRows
 
@@ -16,6 +18,7 @@ _PAGES = 128
 _ROWS = 128
 
 
+@quick
 @triton.jit
 def _lay_out_kernel(
     p_rows, p_token_ids, p_tables, p_tokens, p_positions, p_cache_slots, p_contexts, p_row_tables, p_slots, p_lengths, p_indices,
@@ -76,6 +79,7 @@ def lay_out_singles(rows_R4: Tensor, token_ids_SL: Tensor, block_tables_SP: Tens
     )
 
 
+@quick
 @triton.jit(do_not_specialize_on_alignment=["p_slots", "p_indices"])
 def _hold_back_kernel(p_logits, p_slots, p_indices, p_until, p_tokens, row_stride, E: tl.constexpr, E_PAD: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
@@ -92,10 +96,11 @@ def hold_back(logits_QV: Tensor, slots_Q: Tensor, output_indices_Q: Tensor, unti
     if len(slots_Q):
         _hold_back_kernel[(len(slots_Q),)](
             logits_QV, slots_Q, output_indices_Q, until_S, tokens_SE, logits_QV.stride(0),
-            E=most, E_PAD=triton.next_power_of_2(most), num_warps=1,
+            E=most, E_PAD=power_of_2(most), num_warps=1,
         )  # fmt: skip
 
 
+@quick
 @triton.jit(do_not_specialize=["Q"], do_not_specialize_on_alignment=["p_slots", "p_lengths"])
 def _store_tokens_kernel(p_tokens, p_best, p_slots, p_lengths, p_token_ids, p_out, Q, L, ROWS: tl.constexpr):
     o_q = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -114,7 +119,7 @@ def store_tokens(tokens_Q: Tensor, best_Q: Tensor, slots_Q: Tensor, lengths_Q: T
     count = len(tokens_Q)
     out_2Q = torch.empty((2, count), dtype=torch.int32, device=tokens_Q.device)
     if count:
-        _store_tokens_kernel[(triton.cdiv(count, _ROWS),)](
+        _store_tokens_kernel[(ceil_div(count, _ROWS),)](
             tokens_Q, best_Q, slots_Q, lengths_Q, token_ids_SL, out_2Q, count, token_ids_SL.shape[1], ROWS=_ROWS, num_warps=4
         )
     return out_2Q

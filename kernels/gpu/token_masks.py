@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.quick_launch import ceil_div, quick
+
 _BLOCK = 2048
 
 
+@quick
 @triton.jit
 def _allow_only_kernel(p_logits, p_rows, p_words, logits_stride, words_stride, V, W, BLOCK: tl.constexpr):
     i_q = tl.program_id(0).to(tl.int64)
@@ -23,7 +26,7 @@ def allow_only(logits_RV: Tensor, rows_Q: Tensor, words_QW: Tensor) -> None:
     """See `kernels.sampling.allow_only`."""
     vocab = logits_RV.shape[1]
     if len(rows_Q):
-        grid = (len(rows_Q), triton.cdiv(vocab, _BLOCK))
+        grid = (len(rows_Q), ceil_div(vocab, _BLOCK))
         _allow_only_kernel[grid](
             logits_RV, rows_Q, words_QW, logits_RV.stride(0), words_QW.stride(0), vocab, words_QW.shape[1], BLOCK=_BLOCK
         )

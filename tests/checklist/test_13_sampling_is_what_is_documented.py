@@ -14,7 +14,7 @@ from sampling_truth import chi_square, edited, kept
 from engine.async_engine import AsyncEngine
 from engine.plan import Admission
 from engine.sampler import Sampler
-from engine.state_table import SampledRow, SampledRows, StateTable
+from engine.state_table import SampledRows, StateTable
 from headrace import GenerationConfig
 from kernels.sampling import sample
 
@@ -93,9 +93,8 @@ def test_the_whole_order_of_operations(device: str) -> None:
     drawn = []
     for number in range(DRAWS // slots):
         # The history stays; only the number that keys the draw goes on, below min_new_tokens for the ban's sake.
-        host = tuple(SampledRow(slot, len(HISTORY), number) for slot in range(slots))
-        keys = torch.full((slots,), number, device=place)
-        rows = SampledRows(host, torch.arange(slots, device=place), torch.full((slots,), len(HISTORY), device=place), keys)
+        columns = np.arange(slots), np.full(slots, len(HISTORY)), np.full(slots, number)
+        rows = SampledRows(*columns, *(torch.from_numpy(column).to(place) for column in columns))
         x_QV = logits().to(place).expand(slots, VOCAB).contiguous()
         drawn.append(sampler.sample(x_QV, rows, table.token_ids_SL).tokens_Q.cpu().numpy())
         np.testing.assert_allclose(x_QV[number].double().cpu().numpy(), expected, atol=2e-6)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from plan_driver import generate, options_for, request
@@ -13,7 +14,7 @@ from plan_driver import generate, options_for, request
 from engine.executor import LocalExecutor
 from engine.plan import Admission, PlanRow, StepPlan
 from engine.sampler import Sampler
-from engine.state_table import SampledRow, SampledRows, StateTable
+from engine.state_table import SampledRows, StateTable
 
 VOCAB = 50
 HISTORY = [3, 3, 7, 9, 3, 12]  # 4 prompt tokens, then 2 of output
@@ -35,10 +36,10 @@ def edited_logits(logits: torch.Tensor, **fields: Any) -> torch.Tensor:
     admitted = (Admission(0, one, tuple(HISTORY), (0,)), Admission(1, mate, (1, 2), (1,)))
     table.admit(admitted)
     sampler.admit(admitted)
-    host = (SampledRow(1, 2, 0), SampledRow(0, len(HISTORY), len(HISTORY) - PROMPT_LEN))
-    columns = [torch.tensor([getattr(row, name) for row in host]) for name in ("slot", "length", "output_index")]
+    slots, lengths, output_indices = np.array([(1, 2, 0), (0, len(HISTORY), len(HISTORY) - PROMPT_LEN)]).T.copy()
+    columns = map(torch.from_numpy, (slots, lengths, output_indices))
     both = torch.stack([logits.clone(), logits.clone()])
-    sampler.sample(both, SampledRows(host, *columns), table.token_ids_SL)
+    sampler.sample(both, SampledRows(slots, lengths, output_indices, *columns), table.token_ids_SL)
     assert torch.equal(both[0], logits), "a row that asks for nothing was changed"
     return both[1]
 

@@ -20,7 +20,7 @@ from engine.grammar import Grammars
 from engine.plan import Admission
 from engine.regular import automaton_of
 from engine.request import TokenRequest
-from engine.state_table import SampledRow, SampledRows
+from engine.state_table import SampledRows
 from engine.token_automata import TokenAutomata, follows_on_device
 from engine.token_bytes import token_bytes
 from engine.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def request(name: int, wanted: Any = WORD, **fields: Any) -> TokenRequest:
 def rows_of(*places: tuple[int, int]) -> SampledRows:
     """Sampling rows by slot and output index."""
     slots, indices = torch.tensor(places, device=DEVICE).T
-    return SampledRows(tuple(SampledRow(slot, 2 + index, index) for slot, index in places), slots, indices + 2, indices)
+    return SampledRows(slots.cpu().numpy(), indices.cpu().numpy() + 2, indices.cpu().numpy(), slots, indices + 2, indices)
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""A launch that goes past Triton's look-up runs the binary that Triton would have found, with the arguments that Triton would have given."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has replaced the compiler in this process", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from kernel_launches import Launch, Specialisation, specialised
+from step_launches import STEPS, launches_of_a_step
+from triton.runtime.jit import JITFunction
+
+from kernels.gpu.quick_launch import QuickKernel, ceil_div, power_of_2, quick
+from kernels.gpu.rms_norm import add_rms_norm, rms_norm
+from kernels.gpu.silu_mul import silu_mul
+from kernels.gpu.skinny_gemm import skinny_linear
+from kernels.gpu.token_masks import allow_only
+
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+
+
+class Binary:
+    """Stands for what Triton compiled for one launch; keeps what it is launched with afterwards."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.again: list[Launch] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert len(grid) == 3
+
+        def run(*args: Any) -> None:
+            names = [param.name for param in self.launch.kernel.params]
+            arguments = dict(zip(names, args, strict=True))
+            self.again.append(Launch(kernel=self.launch.kernel, grid=grid, arguments=arguments, options=self.launch.options))
+
+        return run
+
+
+@pytest.fixture
+def binaries() -> Iterator[list[Binary]]:
+    """Every launch that Triton looks up is kept, and answered with a binary."""
+    made: list[Binary] = []
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: tuple[int, ...], warmup: bool, **meta: Any) -> Binary:
+        assert not warmup
+        options = {name: meta.pop(name) for name in OPTIONS if name in meta}
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **meta}
+        made.append(Binary(Launch(kernel=kernel, grid=grid, arguments=arguments, options=options)))
+        return made[-1]
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield made
+    for kernel in quick_kernels():
+        kernel._known.clear()
+
+
+def quick_kernels() -> list[QuickKernel]:
+    modules = [module for name, module in sys.modules.items() if name.startswith("kernels.gpu.")]
+    return [value for module in modules for value in vars(module).values() if isinstance(value, QuickKernel)]
+
+
+def other_launches(rows: int) -> None:
+    x_TD = torch.zeros(rows, 256, dtype=torch.bfloat16)
+    rms_norm(x_TD, x_TD[0], 1e-6)
+    add_rms_norm(x_TD.clone(), x_TD, x_TD[0], 1e-6)
+    for first in (0, 1):  # the second starts at 4 bytes
+        rms_norm(torch.zeros(rows * 256 + 1)[first : first + rows * 256].view(rows, 256), torch.zeros(256), 1e-6)
+    silu_mul(torch.zeros(rows, 512, dtype=torch.bfloat16))
+    weight_OI = torch.zeros(96, 256, dtype=torch.bfloat16)
+    for bias, residual in ((None, None), (torch.zeros(96, dtype=torch.bfloat16), x_TD[:, :96].contiguous())):
+        skinny_linear(x_TD, weight_OI, bias, norm_I=None, eps=0.0, residual_TO=residual, gated=False)
+    allow_only(torch.zeros(rows, 500), torch.arange(rows), torch.zeros(rows, 16, dtype=torch.int32))
+
+
+def test_a_known_launch_is_the_one_that_triton_would_make(binaries: list[Binary]) -> None:
+    for singles, longer, context in STEPS * 2:
+        launches_of_a_step(singles, longer, context)
+        other_launches(singles)
+    again = [(binary.launch, launch) for binary in binaries for launch in binary.again]
+    assert len(again) > 3 * len(binaries)
+    for first, later in again:
+        assert specialised(later) == specialised(first), first.name
+        assert set(later.arguments) == set(first.arguments), first.name
+    # As few look-ups as there are binaries: Triton's own facts, no finer ones.
+    assert {binary.launch.name for binary in binaries} >= {"_dot_kernel", "_stream_kernel", "_lay_out_kernel"} - {
+        "_lay_out_kernel"
+    }
+    found: list[tuple[str, Specialisation, dict[str, Any]]] = []
+    for binary in binaries:
+        key = (binary.launch.name, specialised(binary.launch), binary.launch.options)
+        assert key not in found, key
+        found.append(key)
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["p_any"])
+def _plain_kernel(p_x, p_any, size, n, eps, p_none, BLOCK: tl.constexpr):
+    tl.store(p_x, size + n + eps)
+
+
+def test_what_makes_another_binary() -> None:
+    kernel = quick(_plain_kernel)
+    x, meta = torch.zeros(64), {"BLOCK": 64, "num_warps": 4}
+    args = (x, x, 32, 7, 0.5, None)
+    kind = kernel.kind(args, meta)
+    same = [(x[4:], x[1:], 48, 16, 2.5, None), (x, x, 1 << 20, 1, 1.0, None)]
+    others = [
+        (x[1:], x, 32, 7, 0.5, None), (x.double(), x, 32, 7, 0.5, None), (x, x.long(), 32, 7, 0.5, None), (x, x, 33, 7, 0.5, None),
+        (x, x, 1, 7, 0.5, None), (x, x, 1 << 40, 7, 0.5, None), (x, x, 32, 1 << 31, 0.5, None), (x, x, 32, 7, 1, None),
+        (x, x, 32, 7, 0.5, x), (x, x, True, 7, 0.5, None),
+    ]  # fmt: skip
+    assert [kernel.kind(one, meta) for one in same] == [kind] * 2
+    kinds = [kernel.kind(one, meta) for one in others]
+    assert kind not in kinds
+    assert len(set(kinds)) == len(kinds)
+    assert kernel.kind(args, {**meta, "num_warps": 8}) != kind != kernel.kind(args, {**meta, "BLOCK": 32})
+
+
+def test_sizes() -> None:
+    for size in (1, 2, 3, 31, 32, 33, 128256):
+        assert power_of_2(size) == triton.next_power_of_2(size)
+        assert ceil_div(size, 32) == triton.cdiv(size, 32)
