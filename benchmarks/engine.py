@@ -48,6 +48,7 @@ from timeline import Timeline
 from torch import Tensor
 from workloads import CHECKSUM_VOCABULARY, WORKLOADS, Job, draw_single, draw_uneven, draw_warm_up, draw_workload
 
+from engine import garbage
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.model_info import locate_model
@@ -152,7 +153,9 @@ def make_engine(
     options = resolve(model, PytorchEngineConfig(**{**given, **fields}))
     executor = LocalExecutor(options) if options.tp == 1 else RanksExecutor(options)
     timed_executor = Timeline(executor) if arguments.breakdown else executor
-    return Engine(timed_executor, options), timed_executor
+    engine = Engine(timed_executor, options)
+    garbage.freeze()  # as an engine's process does
+    return engine, timed_executor
 
 
 # --- the two benchmarks ------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import torch
 from timeline import Timeline
 from torch.profiler import ProfilerActivity, profile
 
+from engine import garbage
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.options import resolve
@@ -131,6 +132,7 @@ def main() -> None:
     executor = LocalExecutor(options)
     timeline = Timeline(executor)
     engine = Engine(timeline, options)
+    garbage.freeze()  # as an engine's process does
     vocab = json.loads((Path(arguments.model) / "config.json").read_text())["vocab_size"]
     fields: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40} if arguments.variant == "sample" else {"top_k": 1}
     config = GenerationConfig(max_new_tokens=8 + 8 + TIMED_STEPS + PROFILED_STEPS + 64, ignore_eos=True, **fields)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from engine import kv_cache
+from engine import garbage, kv_cache
 from engine.compile_ahead import CompileAhead
 from engine.kv_cache import MemoryReport
 from engine.model_info import read_config
@@ -295,6 +295,7 @@ def serve_rank(options: EngineOptions, rank: int, size: int, rendezvous: str) ->
         receiver = PlanReceiver(store)
         group = DistributedGroup(store, rank=rank, size=size, device=device)
         runner = _make_rank(options, group, device).runner
+        garbage.freeze()  # a rank that pauses holds up all of them
         while (frame := receiver.receive()) is not None:
             runner.launch(StepPlan.from_bytes(frame))
             if runner.waits_for_masks:

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from engine import garbage
 from engine.protocol import (
     Abort,
     AskReport,
@@ -196,12 +197,7 @@ def _run_engine(options: EngineOptions, pipe: ParentPipe, begin: float) -> None:
     executor = make_executor(options, rendezvous)
     try:
         engine = Engine(executor, options, guides=Guides(options.model_path))
-        # What is there now stays for good; scanning a model's objects again and again costs pauses of many milliseconds.
-        gc.collect()
-        gc.freeze()
-        # Once more: the oldest generation is collected when a quarter as many objects are new as its last collection saw, which with
-        # the model's among them would be never in a busy engine.
-        gc.collect()
+        garbage.freeze()
         report = executor.report()
         report["ready_s"] = {"import": round(imported, 3), **report["ready_s"]}
         facts: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "tp": options.tp, **report}
