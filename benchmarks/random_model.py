@@ -28,9 +28,29 @@ _STD = 0.02
 
 
 SHAPES = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
 }
+"""SmolLM2's, in which the host is what a step waits for, and two of Llama 3.1's."""
 
 
 def save_config(folder: Path, shape: str = "8b", vocabulary: int = VOCABULARY) -> Any:
@@ -38,7 +58,7 @@ def save_config(folder: Path, shape: str = "8b", vocabulary: int = VOCABULARY) -
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
-        "llama", vocab_size=vocabulary, **SHAPES[shape], num_key_value_heads=8, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        "llama", vocab_size=vocabulary, **SHAPES[shape], max_position_embeddings=8192, rms_norm_eps=1e-5,
         initializer_range=_STD, bos_token_id=0, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

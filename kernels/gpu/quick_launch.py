@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 
 def quick(kernel: Any) -> Any:
-    """Decorate a kernel under `@triton.jit`. Its constants come last and are passed by name; they and options, always in one order."""
+    """Decorate a kernel under `@triton.jit`. Its constants come last; they and options are passed by name, always the same in the same order."""
     # Under TRITON_INTERPRET=1 there is nothing to look up.
     return QuickKernel(kernel) if isinstance(kernel, JITFunction) else kernel
 
@@ -42,14 +42,21 @@ class QuickKernel:
         Types, whether an address or a whole number is divisible by 16, whether a number is 1 or needs 64 bits, constants, options
         and the device (https://github.com/triton-lang/triton, `native_specialize_impl`).
         """
-        facts: list[Any] = [args[0].get_device(), *meta.items()]
+        # Flat, and appended to by hand: this runs two hundred times in a step with prompts.
+        facts: list[Any] = [args[0].get_device(), *meta.values()]
+        add = facts.append
         for arg, (whole, aligned) in zip(args, self._params, strict=False):
             if isinstance(arg, Tensor):
-                facts.append((arg.dtype, aligned and arg.data_ptr() % 16 == 0))
+                add(arg.dtype)
+                if aligned:
+                    add(arg.data_ptr() % 16 == 0)
             elif type(arg) is int:
-                facts.append((arg >> 31 in (0, -1), whole and arg == 1, whole and arg % 16 == 0))
+                add(-0x80000000 <= arg < 0x80000000)
+                if whole:
+                    add(arg == 1)
+                    add(arg % 16 == 0)
             else:
-                facts.append(type(arg))
+                add(type(arg))
         return tuple(facts)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
