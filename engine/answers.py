@@ -5,14 +5,17 @@ This module doesn't know processes, windows or retries' reasons; it is only touc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 from engine.detokenizer import Decoder, IncrementalDetokenizer, StopWords
-from engine.preparation import Preparer, Stops, TokenIds
+from engine.preparation import Prepared, Preparer, Stops, TokenIds
 from engine.request import TokenOutput, TokenRequest
-from headrace.completion import Choice, Completion, CompletionError, FinishReason, TokenLogprobs, TokenUsage
+from engine.token_texts import TokenTexts
+from headrace.completion import Choice, Completion, CompletionError, FinishReason, TokenLogprobs, TokenText, TokenUsage
 from headrace.config import GenerationConfig
 
 
@@ -148,6 +151,7 @@ class Item:
     builders: tuple[ChoiceBuilder, ...]
     on_done: Callable[[Completion], None]
     on_delta: Callable[[Delta], None] | None
+    texts: TokenTexts | None
     submitted_at: float = 0.0
     # Filled by the frontend while the item is in an engine.
     deaths: int = 0
@@ -220,25 +224,41 @@ class Item:
             choices=() if error else choices,
             usage=usage,
             prompt_logprobs=None if error else self.builders[0].prompt_logprobs,
+            token_texts=None if error else self._token_texts(choices),
             error=error,
             queue_ms=round(self.queue_ms, 3),
             run_ms=round(self.run_ms, 3),
             attempts=self.deaths + 1,
         )
 
+    def _token_texts(self, choices: Iterable[Choice]) -> dict[int, TokenText] | None:
+        """Say what the named tokens stand for, for all choices together: they name mostly the same ones."""
+        if self.texts is None:
+            return None
+        of_choices = (choice.logprobs or () for choice in choices)
+        return self.texts.named_by(chain(self.builders[0].prompt_logprobs or (), *of_choices))
 
-def make_builders(
-    preparer: Preparer, config: GenerationConfig, stops: Stops, *, is_streamed: bool
-) -> tuple[ChoiceBuilder, ...]:
-    """Return a builder for each choice that `config` asks for."""
-    return tuple(
-        ChoiceBuilder(choice, preparer.tokenizer, config, stops, is_streamed=is_streamed) for choice in range(config.n)
+
+def make_item(
+    preparer: Preparer,
+    prepared: Prepared,
+    config: GenerationConfig,
+    *,
+    handle: int,
+    index: int,
+    on_done: Callable[[Completion], None],
+    on_delta: Callable[[Delta], None] | None,
+) -> Item:
+    """Return a prompt with a builder for each choice that `config` asks for."""
+    builders = tuple(
+        ChoiceBuilder(choice, preparer.tokenizer, config, prepared.stops, is_streamed=on_delta is not None)
+        for choice in range(config.n)
     )
+    return Item(handle, index, prepared.requests, builders, on_done, on_delta, prepared.texts, submitted_at=time.monotonic())
 
 
 def simplest_item(preparer: Preparer, handle: int) -> Item:
     """Return an item that every engine can do, and that nobody waits for: one token after another one."""
     config = GenerationConfig(max_new_tokens=1, ignore_eos=True)
     prepared = preparer.prepare(TokenIds((0,)), config, handle=handle, do_preprocess=False, is_streamed=False, seed_key=None)
-    builders = make_builders(preparer, config, prepared.stops, is_streamed=False)
-    return Item(handle, 0, prepared.requests, builders, lambda _: None, None)
+    return make_item(preparer, prepared, config, handle=handle, index=0, on_done=lambda _: None, on_delta=None)

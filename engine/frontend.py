@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.answers import ChoiceBuilder, Delta, Item, make_builders, simplest_item
+from engine.answers import ChoiceBuilder, Delta, Item, make_item, simplest_item
 from engine.model_info import ModelInfo
 from engine.options import EngineOptions, resolve
 from engine.preparation import Preparer
@@ -161,8 +161,7 @@ class Frontend:
                 log.exception("A prompt can't be prepared; it is answered with an error.", extra={"event": "prompt_refused"})
             self._post(partial(self._refuse, on_done, Completion(index=index, error=CompletionError.of(known))))
             return handle
-        builders = make_builders(self._preparer, gen_config, prepared.stops, is_streamed=on_delta is not None)
-        item = Item(handle, index, prepared.requests, builders, on_done, on_delta, submitted_at=time.monotonic())
+        item = make_item(self._preparer, prepared, gen_config, handle=handle, index=index, on_done=on_done, on_delta=on_delta)
         self._post(partial(self._enqueue, item))
         return handle
 

@@ -16,6 +16,7 @@ from engine.grammar import Grammars
 from engine.model_info import ModelInfo
 from engine.request import LimitName, TokenRequest
 from engine.templates import ChatTemplate, parse_messages
+from engine.token_texts import TokenTexts
 from engine.tokenizer import Tokenizer
 from headrace.config import GenerationConfig
 from headrace.errors import ContextLengthExceeded, InvalidRequest
@@ -51,6 +52,8 @@ class Prepared(NamedTuple):
     requests: tuple[TokenRequest, ...]
     """One for each choice."""
     stops: Stops
+    texts: TokenTexts | None
+    """Where log-probabilities will name tokens, and there is somebody to read what these stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,14 @@ class Preparer:
     session_len: int
     _grammars: Grammars = field(init=False)
     _bad_sequences: Callable[[_Words, _Ids], tuple[_Ids, ...]] = field(init=False)
+    _texts: Callable[[], TokenTexts | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make room for the response formats and bad words that will be asked for."""
+        """Make room for the response formats, bad words and tokens' texts that will be asked for."""
         object.__setattr__(self, "_grammars", Grammars(self.tokenizer, self.info))
         # A cache of its own: one of the module's would keep the tokenizers of engines that are closed.
         object.__setattr__(self, "_bad_sequences", lru_cache(maxsize=256)(partial(_bad_sequences, self.tokenizer)))
+        object.__setattr__(self, "_texts", lru_cache(maxsize=1)(partial(TokenTexts.read, self.tokenizer, self._grammars)))
 
     def prepare(
         self,
@@ -118,7 +123,8 @@ class Preparer:
             )
             for choice in range(config.n)
         )
-        return Prepared(requests, stops)
+        names_tokens = config.logprobs is not None or config.prompt_logprobs is not None
+        return Prepared(requests, stops, self._texts() if names_tokens and not isinstance(prompt, TokenIds) else None)
 
     def _encode(self, prompt: object, *, do_preprocess: bool) -> tuple[int, ...]:
         try:

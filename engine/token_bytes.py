@@ -5,7 +5,7 @@ A format that the library follows and one that an automaton follows so mean the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +19,13 @@ class TokenBytes(NamedTuple):
     starts_V1: npt.NDArray[np.int32]
     """Where each token's bytes start, and behind the last one where its own end."""
     data: bytes
+
+    @classmethod
+    def of(cls, spelled: Sequence[bytes]) -> TokenBytes:
+        """Put the tokens' bytes, by id, into one piece."""
+        starts = np.zeros(len(spelled) + 1, dtype=np.int32)
+        np.cumsum([len(one) for one in spelled], out=starts[1:])
+        return cls(starts, b"".join(spelled))
 
     def join(self, tokens: Iterable[int]) -> bytes:
         """Return the bytes of some tokens."""
@@ -40,7 +47,4 @@ def token_bytes(model_path: str) -> TokenBytes:
     """
     from engine.grammar import Grammars
 
-    spelled = Grammars.of_model(model_path).spell()
-    starts = np.zeros(len(spelled) + 1, dtype=np.int32)
-    np.cumsum([len(one) for one in spelled], out=starts[1:])
-    return TokenBytes(starts, b"".join(spelled))
+    return TokenBytes.of(Grammars.of_model(model_path).spell())

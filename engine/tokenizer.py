@@ -39,6 +39,8 @@ class Tokenizer:
         self.byte_ids = frozenset(index for piece, index in vocab.items() if _BYTE_PIECE.fullmatch(piece))
         """Byte-fallback pieces (`<0xE6>`): a run of them is only text when the whole run is known."""
         self._special: dict[str, int] = {str(token): int(index) for index, token in self.hf.added_tokens_decoder.items()}
+        self.special_texts = {index: text for text, index in self._special.items()}
+        """The added tokens' own texts, by id."""
         added = self.hf.added_tokens_decoder.items()
         self.skipped_ids = frozenset(int(index) for index, token in added if token.special)
         """What decoding with `skip_special_tokens` leaves out before it makes text of the rest."""

@@ -1,12 +1,12 @@
 """The lines of a batch's output and error files, in OpenAI's format, made of the stored rows while they are read.
 
-Built from the stored JSON, not through `Completion`: a million lines are read at one time. Log-probabilities name tokens by their ids, as
-`token_id:504`: their texts are not kept. Knows no HTTP and no SQL.
+Built from the stored JSON, not through `Completion`: a million lines are read at one time. A token whose text isn't known (the row is of a
+release that kept none, or the engine's tokenizer tells none) goes by its id, as `token_id:504`. Knows no HTTP and no SQL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from http import HTTPStatus
 from typing import Any, Final
@@ -17,6 +17,8 @@ from headrace.batch import CHAT, OutputKind, OutputRow
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.schemas import to_wire
 
+_Texts = Mapping[str, str | list[int]]
+"""`Completion.token_texts` as JSON has it."""
 _NO_RESPONSE: Final = frozenset({"batch_cancelled", "batch_expired"})
 
 
@@ -52,7 +54,8 @@ def _response(name: str, status: int, body: Mapping[str, Any]) -> dict[str, Any]
 
 def _body(row: OutputRow, answer: Mapping[str, Any], *, name: str, model: str, endpoint: str) -> dict[str, Any]:
     is_chat = endpoint == CHAT
-    choices = [_chat_choice(choice) if is_chat else _text_choice(choice) for choice in answer["choices"]]
+    texts = answer.get("token_texts") or {}
+    choices = [_chat_choice(choice, texts) if is_chat else _text_choice(choice, texts) for choice in answer["choices"]]
     usage = {
         "prompt_tokens": row.prompt_tokens,
         "completion_tokens": row.completion_tokens,
@@ -70,12 +73,15 @@ def _body(row: OutputRow, answer: Mapping[str, Any], *, name: str, model: str, e
     }
 
 
-def _chat_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_choice(choice: Mapping[str, Any], texts: _Texts) -> dict[str, Any]:
     rows = choice.get("logprobs")
     logprobs = None
     if rows is not None:
         content = [
-            {**_token(row["token_id"], row["logprob"]), "top_logprobs": [_token(token, value) for token, value in row["top"]]}
+            {
+                **_token(row["token_id"], row["logprob"], texts),
+                "top_logprobs": [_token(token, value, texts) for token, value in row["top"]],
+            }
             for row in rows
         ]
         logprobs = {"content": content, "refusal": None}
@@ -87,26 +93,49 @@ def _chat_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text_choice(choice: Mapping[str, Any]) -> dict[str, Any]:
+def _text_choice(choice: Mapping[str, Any], texts: _Texts) -> dict[str, Any]:
     rows = choice.get("logprobs")
     logprobs = None
     if rows is not None:
         logprobs = {
-            "tokens": [_name(row["token_id"]) for row in rows],
+            "tokens": [_name(row["token_id"], texts) for row in rows],
             "token_logprobs": [row["logprob"] for row in rows],
-            "top_logprobs": [{_name(token): value for token, value in row["top"]} for row in rows],
+            "top_logprobs": [_top(row["top"], texts) for row in rows],
             "text_offset": [],
         }
     shown = {"index": choice["index"], "text": choice["text"]}
     return {**shown, "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
 
 
-def _token(token_id: int, logprob: float) -> dict[str, Any]:
-    return {"token": _name(token_id), "logprob": logprob, "bytes": None}
+def _token(token_id: int, logprob: float, texts: _Texts) -> dict[str, Any]:
+    text = texts.get(str(token_id))
+    if text is None:
+        return {"token": _unknown(token_id), "logprob": logprob, "bytes": None}
+    if isinstance(text, str):
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": _escaped(text), "logprob": logprob, "bytes": text}
 
 
-def _name(token_id: int) -> str:
+def _top(pairs: Sequence[tuple[int, float]], texts: _Texts) -> dict[str, float]:
+    top: dict[str, float] = {}
+    for token, value in pairs:
+        # Of two tokens with one text (a letter, and its byte) the more probable one, which comes first.
+        top.setdefault(_name(token, texts), value)
+    return top
+
+
+def _name(token_id: int, texts: _Texts) -> str:
+    """Return what stands for a token where nothing stands beside it: OpenAI marks what is no text."""
+    text = texts.get(str(token_id), _unknown(token_id))
+    return text if isinstance(text, str) else f"bytes:{_escaped(text)}"
+
+
+def _unknown(token_id: int) -> str:
     return f"token_id:{token_id}"
+
+
+def _escaped(data: Sequence[int]) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @cache

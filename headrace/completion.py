@@ -6,12 +6,14 @@ This module knows no torch, no SQL and no HTTP.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 from headrace.errors import HeadraceError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+TokenText = str | tuple[int, ...]
+"""What a token stands for: its text; its bytes where they are only a part of a character, and so no text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,13 @@ def read_logprobs(rows: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogpro
         TokenLogprobs(token_id=row["token_id"], logprob=row["logprob"], top=tuple((i, p) for i, p in row["top"]))
         for row in rows
     )
+
+
+def read_texts(texts: Mapping[str, Any] | None) -> dict[int, TokenText] | None:
+    """Rebuild `Completion.token_texts` after JSON, which has strings for keys and lists for tuples."""
+    if texts is None:
+        return None
+    return {int(token): text if isinstance(text, str) else tuple(text) for token, text in texts.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +106,9 @@ class Completion:
     usage: TokenUsage = TokenUsage()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """With `prompt_logprobs`: one for each prompt token but the first."""
+    token_texts: Mapping[int, TokenText] | None = field(default=None, hash=False)
+    """By token id, what the tokens stand for that the log-probabilities name: each once, however often it is named. A token that
+    the model has and its tokenizer doesn't know is not in it."""
     error: CompletionError | None = None
     queue_ms: float = 0.0
     """From submission to the first step that computed it, in the engine."""
@@ -119,6 +131,7 @@ class Completion:
                 "choices": tuple(Choice.from_dict(choice) for choice in data["choices"]),
                 "usage": TokenUsage(**data["usage"]),
                 "prompt_logprobs": read_logprobs(data.get("prompt_logprobs")),
+                "token_texts": read_texts(data.get("token_texts")),
                 "error": None if error is None else CompletionError(**error),
             }
         )

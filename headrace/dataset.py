@@ -123,6 +123,8 @@ def output_row(completion: Completion, custom_id: str | None = None) -> dict[str
         row["choices"] = [_choice(choice) for choice in completion.choices]
     if completion.prompt_logprobs is not None:
         row["prompt_logprobs"] = [asdict(one) for one in completion.prompt_logprobs]
+    if completion.token_texts is not None:
+        row["token_texts"] = completion.token_texts
     usage = completion.usage
     return {
         **row,

@@ -70,7 +70,7 @@ def to_row(batch_id: str, completion: Completion, *, recorded_at: float, worker:
         "attempts": completion.attempts,
         "worker": worker,
         "recorded_at": recorded_at,
-        "body": encode_answer(completion.choices, completion.error, completion.prompt_logprobs),
+        "body": encode_answer(completion.choices, completion.error, completion.prompt_logprobs, completion.token_texts),
     }
 
 
@@ -84,6 +84,7 @@ def from_row(row: Row[Any]) -> Completion:
             prompt_tokens=row.prompt_tokens, cached_tokens=row.cached_tokens, completion_tokens=row.completion_tokens
         ),
         prompt_logprobs=answer.prompt_logprobs,
+        token_texts=answer.token_texts,
         error=answer.error,
         queue_ms=row.queue_ms,
         run_ms=row.run_ms,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, Self
 
-from headrace.completion import Choice, Completion, CompletionError, TokenLogprobs, read_logprobs
+from headrace.completion import Choice, Completion, CompletionError, TokenLogprobs, TokenText, read_logprobs, read_texts
 from headrace.config import GenerationConfig, Prompt
 from headrace.errors import InvalidRequest
 
@@ -165,6 +165,7 @@ def encode_answer(
     choices: tuple[Choice, ...],
     error: CompletionError | None,
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None,
+    token_texts: Mapping[int, TokenText] | None = None,
 ) -> str:
     """Return the JSON of what a completion says, without what the row's columns hold."""
     data: dict[str, Any] = {
@@ -173,6 +174,8 @@ def encode_answer(
     }
     if prompt_logprobs is not None:
         data["prompt_logprobs"] = _logprobs(prompt_logprobs)
+    if token_texts is not None:
+        data["token_texts"] = token_texts
     return to_json(data)
 
 
@@ -194,6 +197,7 @@ class Answer(NamedTuple):
     choices: tuple[Choice, ...]
     error: CompletionError | None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None
+    token_texts: Mapping[int, TokenText] | None
 
 
 def decode_answer(text: str) -> Answer:
@@ -203,8 +207,9 @@ def decode_answer(text: str) -> Answer:
     return Answer(
         choices=tuple(Choice.from_dict(choice) for choice in data["choices"]),
         error=None if error is None else CompletionError(**error),
-        # Bodies of before have no such key.
+        # Bodies of before have no such keys.
         prompt_logprobs=read_logprobs(data.get("prompt_logprobs")),
+        token_texts=read_texts(data.get("token_texts")),
     )
 
 

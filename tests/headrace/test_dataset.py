@@ -10,8 +10,8 @@ import pytest
 
 from headrace.batch import CHAT, Item
 from headrace.batch_input import Rules, reader
-from headrace.completion import CompletionError
-from headrace.dataset import Row, digest, read_rows
+from headrace.completion import Choice, Completion, CompletionError, TokenLogprobs
+from headrace.dataset import Row, digest, output_row, read_rows
 from headrace.errors import NotFound
 
 TALK = [{"role": "user", "content": "hi"}]
@@ -114,6 +114,14 @@ def test_the_digest_sees_what_matters(tmp_path: Path) -> None:
     assert of('"a"\n"b"\n')[1] == 2
     assert of('"a"\n"b"\n') != of('"b"\n"a"\n')
     assert of('"a"\n') != of('"a"\n"a"\n')
+
+
+def test_a_row_of_the_output_tells_what_the_named_tokens_stand_for() -> None:
+    logprobs = (TokenLogprobs(token_id=5, logprob=-0.5, top=((5, -0.5), (7, -1.5))),)
+    choice = Choice(index=0, text="é", token_ids=(5,), finish_reason="stop", logprobs=logprobs)
+    row = output_row(Completion(index=0, choices=(choice,), token_texts={5: "é", 7: (195,)}))
+    assert json.loads(json.dumps(row))["token_texts"] == {"5": "é", "7": [195]}
+    assert "token_texts" not in output_row(Completion(index=0, choices=(choice,))), "a journal of before has none"
 
 
 def test_the_examples_are_good_rows() -> None:

@@ -85,6 +85,7 @@ def test_answers_of_every_kind_come_back_unchanged(store: Store) -> None:
             ),
             usage=TokenUsage(prompt_tokens=5, cached_tokens=4, completion_tokens=4),
             prompt_logprobs=logprobs * 4,
+            token_texts={1: "\x00é", 2: (0xF0, 0x9F)},
             queue_ms=0.125,
             run_ms=3.5,
             attempts=2,

@@ -46,7 +46,7 @@ def test_what_is_appended_comes_back(tmp_path: Path) -> None:
     logprobs = (TokenLogprobs(token_id=1, logprob=float("-inf"), top=((1, -0.5),)),)
     rich = Completion(
         index=12, choices=(Choice(index=0, text="a\nb\x00 \u2028 🚰 \ud800", token_ids=(1, 2), finish_reason="stop", logprobs=logprobs),),
-        usage=TokenUsage(prompt_tokens=1, completion_tokens=2), prompt_logprobs=logprobs, queue_ms=0.1, run_ms=1e9, attempts=3,
+        usage=TokenUsage(prompt_tokens=1, completion_tokens=2), prompt_logprobs=logprobs, token_texts={1: " a", 7: (255,)}, queue_ms=0.1, run_ms=1e9, attempts=3,
     )  # fmt: skip
     failed = Completion(index=13, error=CompletionError(code="kv_capacity", message="no"))
     entries = [(claim(1, epoch=7), [rich, failed]), entry(2)]
