@@ -62,7 +62,12 @@ def _parse_message(number: int, message: object) -> Message:
         content = "\n".join(_text_part(number, part) for part in content)
     if not isinstance(content, str):
         raise InvalidRequest(f"message {number} ({role}) has no text in 'content'", param="messages")
-    return {"role": role, "content": content}
+    name = message.get("name")
+    if name is None:
+        return {"role": role, "content": content}
+    if not isinstance(name, str):
+        raise InvalidRequest(f"message {number} ({role}) has the name {name!r:.80}; a name is text", param="messages")
+    return {"role": role, "content": content, "name": name}
 
 
 def _text_part(number: int, part: object) -> str:

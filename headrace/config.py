@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self, TypedDict
+from typing import Literal, NotRequired, Self, TypedDict
 
 from headrace.errors import InvalidRequest
 from headrace.response_format import ResponseFormat
@@ -25,13 +25,15 @@ from headrace.validation import words as _words
 
 
 class Message(TypedDict):
-    """One turn of a conversation in OpenAI's form; `content` is text."""
+    """One turn of a conversation in OpenAI's form; `content` is text. `name` tells speakers of one role apart, where a template writes it."""
 
     role: str
     content: str
+    name: NotRequired[str]
 
 
 ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_FIELDS = ("role", "content", "name")
 Prompt = str | list[Message]
 """One prompt: a text, or a conversation."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headrace.completion import Choice, Completion, CompletionError
-from headrace.config import ROLES, Prompt
+from headrace.config import MESSAGE_FIELDS, ROLES, Prompt
 from headrace.errors import HeadraceError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedOption
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
@@ -159,14 +159,18 @@ def _messages(value: Any) -> Prompt:
     if not isinstance(value, list) or not value:
         raise InvalidRequest("messages must be a list that is not empty", param="messages")
     for position, message in enumerate(value):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise InvalidRequest(f"messages[{position}] must be an object with 'role' and 'content'", param="messages")
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message) <= set(MESSAGE_FIELDS):
+            raise InvalidRequest(
+                f"messages[{position}] must be an object with 'role' and 'content', and perhaps 'name'", param="messages"
+            )
         if message["role"] not in ROLES:
             raise InvalidRequest(
                 f"messages[{position}].role must be one of {', '.join(ROLES)}, not {message['role']!r}", param="messages"
             )
         if not isinstance(message["content"], str):
             raise InvalidRequest(f"messages[{position}].content must be a text", param="messages")
+        if not isinstance(message.get("name"), str | None):
+            raise InvalidRequest(f"messages[{position}].name must be a text", param="messages")
     return value
 
 

@@ -33,7 +33,7 @@ CompletionOut = Completion
 _MESSAGE_SCHEMA = {
     "type": "object",
     "title": "Message",
-    "properties": {"role": {"enum": list(ROLES)}, "content": {"type": "string"}},
+    "properties": {"role": {"enum": list(ROLES)}, "content": {"type": "string"}, "name": {"type": "string"}},
     "required": ["role", "content"],
     "additionalProperties": False,
 }
@@ -103,7 +103,7 @@ class BatchCreate(BaseModel):
     # Elements stay as they were parsed: pydantic's own union errors would be several records for each of a million prompts.
     prompts: Annotated[list[Any] | None, WithJsonSchema(_PROMPTS_SCHEMA)] = Field(
         default=None,
-        description="Texts, or conversations of {role, content} messages. Answers come back under the same indexes.",
+        description="Texts, or conversations of {role, content} messages (`name` where the model's chat template writes it). Answers come back under the same indexes.",
     )
     input_file_id: str | None = Field(
         default=None,

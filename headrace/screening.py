@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from headrace.completion import CompletionError
-from headrace.config import ROLES, Prompt
+from headrace.config import MESSAGE_FIELDS, ROLES, Prompt
 from headrace.errors import InvalidRequest, PayloadTooLarge
 
 
@@ -29,17 +29,21 @@ def refusal(prompt: Any, *, max_bytes: int) -> CompletionError | None:
     for position, message in enumerate(prompt):
         if reason := _message_fault(message):
             return CompletionError(code=InvalidRequest.code, message=f"messages[{position}]: {reason}")
-    return _text_fault([message["content"] for message in prompt], max_bytes)
+    return _text_fault([text for message in prompt for text in (message["content"], message.get("name") or "")], max_bytes)
 
 
 def _message_fault(message: dict[str, Any]) -> str | None:
-    role, content = message.get("role"), message.get("content")
+    role, content, name = message.get("role"), message.get("content"), message.get("name")
     if not isinstance(role, str) or role not in ROLES:
         return f"role must be one of {', '.join(ROLES)}, not {_shown(role)}"
     if not isinstance(content, str):
         return f"content must be text, not {_shown(content)}"
-    unknown = sorted(message.keys() - {"role", "content"})
-    return f"there is no field {_shown(unknown[0])} in a message; its fields are role and content" if unknown else None
+    if not isinstance(name, str | None):
+        return f"name must be text, not {_shown(name)}"
+    unknown = sorted(message.keys() - set(MESSAGE_FIELDS))
+    if unknown:
+        return f"there is no field {_shown(unknown[0])} in a message; its fields are {', '.join(MESSAGE_FIELDS)}"
+    return None
 
 
 def _shown(value: Any) -> str:

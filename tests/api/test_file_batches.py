@@ -130,6 +130,23 @@ def test_the_way_of_openais_documentation(client: openai.OpenAI, store: Store, b
     assert "temperature" in bad[1]["response"]["body"]["error"]["message"]
 
 
+def test_a_message_may_have_a_name_and_one_that_is_no_text_fails_its_line(client: openai.OpenAI, store: Store) -> None:
+    named = [{"role": "user", "name": "ann", "content": "a"}, {"role": "user", "name": None, "content": "b"}]
+    lines = [
+        request(0, messages=named),
+        *(request(n, messages=[{**named[0], "name": bad}]) for n, bad in ((1, 7), (2, "\ud83d"))),
+    ]
+    made = read(client, create(client, lines))
+    answer(store)
+    batch = client.batches.retrieve(made.id)
+    (good,), bad = content(client, batch.output_file_id), content(client, batch.error_file_id)
+    said = json.loads(good["response"]["body"]["choices"][0]["message"]["content"])
+    assert said["prompt"] == [named[0], {"role": "user", "content": "b"}]
+    messages = [line["response"]["body"]["error"]["message"] for line in bad]
+    assert "messages[0]: name must be text, not 7" in messages[0]
+    assert "surrogate" in messages[1]
+
+
 def test_completions_are_continued_without_a_template(client: openai.OpenAI, store: Store) -> None:
     made = create(client, [request(0, url="/v1/completions"), request(1, url="/v1/completions", logprobs=0, prompt=["one"])],
                   endpoint="/v1/completions")  # fmt: skip

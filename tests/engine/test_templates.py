@@ -220,6 +220,8 @@ def test_roles_only_select(role: Any) -> None:
         ["x"],
         [{"content": "x"}],
         [{"role": "user", "content": ""}],
+        [{"role": "user", "content": "x", "name": 3}],
+        [{"role": "user", "content": "x", "name": ["ann"]}],
     ],
 )
 def test_malformed_conversations(bad: Any) -> None:
@@ -232,6 +234,17 @@ def test_content_parts_are_joined_and_images_refused() -> None:
     assert parse_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "a\nb"}]
     with pytest.raises(UnsupportedOption, match="image_url"):
         parse_messages([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
+
+
+def test_a_template_may_write_the_speakers_name(tokenizer: Tokenizer, tiny_model_dir: Path) -> None:
+    named = parse_messages([{"role": "user", "name": "ann", "content": "a"}, {"role": "user", "name": None, "content": "b"}])
+    assert named == [{"role": "user", "content": "a", "name": "ann"}, {"role": "user", "content": "b"}]
+    plain: list[Message] = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    assert choose(tokenizer).encode(named) == choose(tokenizer).encode(plain), "this template writes none"
+    assert render_turns(FAMILIES["qwen"], named) == render_turns(FAMILIES["qwen"], plain)
+    writes = Tokenizer(tiny_model_dir)
+    writes.hf.chat_template = "{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}\n{% endfor %}"
+    assert writes.decode(choose(writes).encode(named)) == "ann: a\nuser: b\n"
 
 
 def test_what_a_jinja_template_refuses_is_the_callers_error(tokenizer: Tokenizer, tiny_model_dir: Path) -> None:

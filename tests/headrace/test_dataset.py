@@ -70,6 +70,8 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
         ('{"messages": [{"role": "robot", "content": "x"}]}', "invalid_request", "'robot'"),
         ('{"messages": [{"role": "user"}]}', "invalid_request", "messages[0]"),
         ('{"messages": [{"role": "user", "content": 3}]}', "invalid_request", "messages[0].content"),
+        ('{"messages": [{"role": "user", "content": "x", "name": 3}]}', "invalid_request", "messages[0].name"),
+        ('{"messages": [{"role": "user", "content": "x", "nmae": "ann"}]}', "invalid_request", "messages[0]"),
     ],
 )
 def test_a_bad_row_is_an_error_of_its_own(tmp_path: Path, line: str | bytes, code: str, words: str) -> None:
@@ -78,6 +80,12 @@ def test_a_bad_row_is_an_error_of_its_own(tmp_path: Path, line: str | bytes, cod
     assert bad.prompt.code == code
     assert words in bad.prompt.message
     assert good.prompt == "fine"
+
+
+def test_a_message_may_have_a_name(tmp_path: Path) -> None:
+    named = [{**TALK[0], "name": "ann"}]
+    (row,) = rows_of(tmp_path, json.dumps({"messages": named}))
+    assert row.prompt == named
 
 
 def test_a_bad_row_keeps_its_custom_id(tmp_path: Path) -> None:
