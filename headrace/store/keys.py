@@ -15,6 +15,7 @@ from hashlib import sha256
 from typing import Any, Final
 
 from sqlalchemy import Connection, Row, or_, select, update
+from sqlalchemy import text as sql
 
 from headrace.errors import Conflict, HeadraceError, InvalidRequest, NotFound
 from headrace.store.session import Database
@@ -30,6 +31,8 @@ MAX_WEIGHT: Final = 1000
 MAX_LIMIT: Final = 2**31 - 1
 MAX_PRIORITY: Final = 1000
 """As far as a batch's priority goes, up and down."""
+
+_LOCK_KEY: Final = 0x6B657973_00000000  # "keys"
 
 
 class Role(StrEnum):
@@ -103,6 +106,7 @@ class Keys:
         key_id = f"key_{secrets.token_hex(12)}"
 
         def work(connection: Connection) -> ApiKey:
+            _keep_others_out(connection)
             alive = select(api_keys.c.id).where(api_keys.c.name == name, api_keys.c.revoked_at.is_(None))
             if connection.execute(alive).first() is not None:
                 raise Conflict(f"there is a key named {name!r} already; revoke it first, or take another name")
@@ -157,6 +161,13 @@ class Keys:
     def any(self) -> bool:
         """Whether a key was ever made: from then on the API asks for one."""
         return self._database.read(lambda connection: connection.execute(select(api_keys.c.id).limit(1)).first()) is not None
+
+
+def _keep_others_out(connection: Connection) -> None:
+    """Let nobody else make a key until the transaction ends: two at once would each find the name free."""
+    if connection.dialect.name != "sqlite":  # whose write lock is held already
+        # Not a unique index on the names of live keys: where two have one already, the migration that makes it would fail.
+        connection.execute(sql("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
 
 
 def _from_row(row: Row[Any]) -> ApiKey:

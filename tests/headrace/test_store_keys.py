@@ -66,6 +66,22 @@ def test_a_key_is_replaced_under_its_name(store: Store) -> None:
     assert store.keys.authenticate(new.text) is not None
 
 
+def test_of_many_who_take_a_name_at_once_one_gets_it(store: Store) -> None:
+    def create(number: int) -> str:
+        try:
+            return store.keys.create(f"ci-{number // 6}").key.name
+        except Conflict as error:
+            return error.message
+
+    with ThreadPoolExecutor(6) as pool:
+        told = list(pool.map(create, range(60)))
+    for number in range(10):
+        of_name = told[6 * number : 6 * number + 6]
+        assert of_name.count(f"ci-{number}") == 1
+        assert sum(f"named 'ci-{number}' already" in line for line in of_name) == 5
+    assert sorted(key.name for key in store.keys.list()) == [f"ci-{number}" for number in range(10)]
+
+
 def test_the_last_use_is_noted_by_the_minute(store: Store) -> None:
     made = store.keys.create("ci")
     assert made.key.last_used_at is None
