@@ -218,10 +218,7 @@ def _bad_sequences(tokenizer: Tokenizer, words: _Words, ids: _Ids) -> tuple[_Ids
     newline = tokenizer.encode_chat("\n")
     found: dict[tuple[int, ...], None] = {(index,): None for index in ids}
     for word in words:
-        try:
-            word_alone, behind_space, inside = (tokenizer.encode_chat(before + word) for before in ("", " ", "\n"))
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"bad_words has a text that is not valid Unicode: {error}", param="bad_words") from error
+        word_alone, behind_space, inside = (tokenizer.encode_chat(before + word) for before in ("", " ", "\n"))
         forms = [word_alone, behind_space]
         if inside[: len(newline)] == newline:
             forms.append(inside[len(newline) :])

@@ -43,7 +43,14 @@ def words(name: str, value: object) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     ok = isinstance(texts, list | tuple) and all(isinstance(text, str) and text for text in texts)
     check(ok, name, value, "a list of non-empty strings")
-    return tuple(texts)  # type: ignore[arg-type]  # checked on the line above
+    for text in texts:  # type: ignore[attr-defined]  # checked on the line above
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise InvalidRequest(
+                f"{name} has a text that is not valid Unicode, {text!r:.80}: no answer ever has half of a surrogate pair in it; "
+                "cut texts between whole characters",
+                param=name,
+            )
+    return tuple(texts)  # type: ignore[arg-type]
 
 
 def ids(name: str, value: object) -> tuple[int, ...]:

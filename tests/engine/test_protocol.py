@@ -35,7 +35,7 @@ from headrace.config import GenerationConfig
 REQUEST = TokenRequest(
     request_id="1-0",
     prompt_ids=(1, 2, 3),
-    config=GenerationConfig(stop_words=["水", "\ud800"], logit_bias={3: 1.5}, random_seed=2**64 - 1, bad_token_ids=[4]),
+    config=GenerationConfig(stop_words=["水", "🙂"], logit_bias={3: 1.5}, random_seed=2**64 - 1, bad_token_ids=[4]),
     seed=2**64 - 1,
     choice=2,
     max_new_tokens=7,
@@ -44,6 +44,7 @@ REQUEST = TokenRequest(
     stop_ids=(9,),
     bad_sequences=((4,), (5, 6)),
     stream=True,
+    family="\ud800",
 )
 OUTPUTS = (
     TokenOutput(
@@ -56,7 +57,10 @@ OUTPUTS = (
         queue_ms=1.5,
     ),
     TokenOutput(
-        request_id="2-0", token_ids=(), finish_reason="error", error=CompletionError(code="kv_capacity", message="too long")
+        request_id="2-0",
+        token_ids=(),
+        finish_reason="error",
+        error=CompletionError(code="kv_capacity", message="too long \ud800"),
     ),
 )
 MESSAGES: list[Message] = [

@@ -44,6 +44,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row_and_an_error_elsewhere(tm
     assert item.custom_id == "x"
 
 
+def test_a_stop_that_no_answer_can_have_is_its_lines_error_by_openais_name() -> None:
+    request = {"custom_id": "x", "method": "POST", "url": CHAT, "body": {"messages": TALK, "stop": ["END", "\ud83d"]}}
+    item = reader(Rules(endpoint=CHAT, model="m", served=("m",), max_prompt_bytes=1000))(1, json.dumps(request).encode())
+    assert isinstance(item, Item)
+    assert isinstance(item.prompt, CompletionError)
+    assert item.prompt.message.startswith("stop has a text that is not valid Unicode")
+
+
 def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, '"a"', "", "   ", '"b"')
     assert [(row.index, row.line) for row in rows] == [(0, 1), (1, 4)]

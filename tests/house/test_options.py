@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from headrace.config import GenerationConfig
+from headrace.config import ChatTemplateConfig, GenerationConfig
 from headrace.errors import InvalidRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +86,19 @@ def test_what_could_not_be_done_is_refused_by_name(name: str, value: Any) -> Non
     with pytest.raises(InvalidRequest, match=f"^{name} must be") as refused:
         GenerationConfig(**{name: value})
     assert refused.value.param == name
+
+
+@pytest.mark.parametrize("name", ["stop_words", "bad_words"])
+@pytest.mark.parametrize("word", ["\ud800", "cut \ud83d", "\ude42 rest"])
+def test_words_that_no_answer_can_have_are_refused_by_name(name: str, word: str) -> None:
+    assert getattr(GenerationConfig(**{name: ["🙂", "水"]}), name) == ("🙂", "水")
+    for value in (word, ["END", word]):
+        with pytest.raises(InvalidRequest, match=f"^{name} has a text .* cut texts between whole characters") as refused:
+            GenerationConfig(**{name: value})
+        assert refused.value.param == name
+        assert refused.value.message.encode(), "it is shown on terminals and sent over HTTP"
+    with pytest.raises(InvalidRequest, match="stop_words has a text"):
+        ChatTemplateConfig("chatml", stop_words=(word,))
 
 
 def test_there_are_ranges_to_check() -> None:
