@@ -137,7 +137,7 @@ STREAM = {
     "content": {
         "application/x-ndjson": {
             "schema": {"type": "string"},
-            "example": '{"index":0,"choices":[{"index":0,"text":"The Seine, …"}],…}\n',
+            "example": '{"index":0,"custom_id":null,"choices":[{"index":0,"text":"The Seine, …"}],…}\n',
         }
     },
 }

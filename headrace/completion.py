@@ -102,6 +102,8 @@ class Completion:
     """The answer to the prompt at `index` of its batch: `choices`, or an `error` and no choices."""
 
     index: int
+    custom_id: str | None = None
+    """What the sender of a file calls the prompt; filled where results are read."""
     choices: tuple[Choice, ...] = ()
     usage: TokenUsage = TokenUsage()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

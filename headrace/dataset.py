@@ -113,6 +113,7 @@ def parse_row(value: Any) -> Prompt:
 def output_row(completion: Completion, custom_id: str | None = None) -> dict[str, Any]:
     """Return a completion as a dataset row: `text` and `finish_reason` of the first choice, all `choices` where there are several."""
     row: dict[str, Any] = {"index": completion.index}
+    custom_id = completion.custom_id if custom_id is None else custom_id
     if custom_id is not None:
         row["custom_id"] = custom_id
     if completion.error is not None:

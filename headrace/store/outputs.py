@@ -5,6 +5,7 @@ Every function works inside the caller's transaction. Formats are not known here
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import Connection, Row, delete, select
@@ -49,14 +50,20 @@ def page(connection: Connection, batch_id: str, kind: OutputKind, *, after: int,
         columns.recorded_at, columns.body,
     ).where(columns.batch_id == batch_id, is_wanted)  # fmt: skip
     rows = read_page(connection, query, columns.index, batch_id=batch_id, after=after, limit=limit)
-    if not rows:
-        return []
-    indexes = [row[0] for row in rows]
-    # Two ranges of one table each: a join of the two is at the mercy of statistics that a new batch has none of.
-    named = select(prompts.c.index.label("position"), prompts.c.custom_id).where(prompts.c.batch_id == batch_id)
+    names = names_of(connection, batch_id, [row[0] for row in rows])
+    return [OutputRow(row[0], names.get(row[0]), *row[1:]) for row in rows]
+
+
+def names_of(connection: Connection, batch_id: str, indexes: Sequence[int]) -> dict[int, str]:
+    """Return, by index, what their sender calls those of the prompts at the ascending `indexes` that have a name."""
+    if not indexes:
+        return {}
+    # A range of its own table: a join with the completions is at the mercy of statistics that a new batch has none of.
+    named = select(prompts.c.index.label("position"), prompts.c.custom_id).where(
+        prompts.c.batch_id == batch_id, prompts.c.custom_id.is_not(None)
+    )
     if indexes[-1] - indexes[0] < 4 * len(indexes):
         named = named.where(prompts.c.index >= indexes[0], prompts.c.index <= indexes[-1])
     else:
         named = named.where(prompts.c.index.in_(indexes))
-    names = {row.position: row.custom_id for row in connection.execute(named)}
-    return [OutputRow(row[0], names.get(row[0]), *row[1:]) for row in rows]
+    return {row.position: row.custom_id for row in connection.execute(named)}

@@ -17,6 +17,7 @@ from headrace.completion import Completion, TokenUsage
 from headrace.crash import crash_point
 from headrace.store import chunks as chunk_queries
 from headrace.store.lifecycle import close_chunks, is_stopping
+from headrace.store.outputs import names_of
 from headrace.store.ranges import read_page
 from headrace.store.session import insert_new
 from headrace.store.tables import batches, chunks, completions, now
@@ -74,11 +75,13 @@ def to_row(batch_id: str, completion: Completion, *, recorded_at: float, worker:
     }
 
 
-def from_row(row: Row[Any]) -> Completion:
-    """Undo `to_row`."""
+def from_row(row: Row[Any], names: Mapping[int, str]) -> Completion:
+    """Undo `to_row`; `names` has, by index, what senders call their prompts."""
     answer = decode_answer(row.body)
+    index = row._mapping["index"]  # noqa: SLF001  # public, for names that a tuple has too
     return Completion(
-        index=row._mapping["index"],  # noqa: SLF001  # public, for names that a tuple has too
+        index=index,
+        custom_id=names.get(index),
         choices=answer.choices,
         usage=TokenUsage(
             prompt_tokens=row.prompt_tokens, cached_tokens=row.cached_tokens, completion_tokens=row.completion_tokens
@@ -211,4 +214,5 @@ def page(connection: Connection, batch_id: str, *, after: int, limit: int) -> li
     """Return up to `limit` completions with an index above `after`, by index."""
     query = select(completions).where(completions.c.batch_id == batch_id)
     rows = read_page(connection, query, completions.c.index, batch_id=batch_id, after=after, limit=limit)
-    return [from_row(row) for row in rows]
+    names = names_of(connection, batch_id, [row._mapping["index"] for row in rows])  # noqa: SLF001  # as in `from_row`
+    return [from_row(row, names) for row in rows]

@@ -321,7 +321,8 @@ def test_a_file_that_expires_says_when(client: openai.OpenAI) -> None:
 
 def test_a_file_of_plain_rows_is_a_batch_with_one_config(client: openai.OpenAI, api: LiveApi, store: Store) -> None:
     """Bad rows fail alone, as they do in `headrace run`."""
-    rows = ["text", {"prompt": "one", "custom_id": "c"}, {"messages": [{"role": "user", "content": "two"}]}, {"nothing": 1}]
+    rows = ["text", {"prompt": "one", "custom_id": "c"}, {"messages": [{"role": "user", "content": "two"}]}]
+    rows += [{"nothing": 1, "custom_id": "bad"}]
     file = upload(client, [json.dumps(row) for row in rows] + ["", "{"])
     with api.http() as http:
         body = {"input_file_id": file.id, "gen_config": {"max_new_tokens": 3}, "model": "org/other", "priority": 4}
@@ -330,8 +331,10 @@ def test_a_file_of_plain_rows_is_a_batch_with_one_config(client: openai.OpenAI, 
         wait_until(lambda: store.get_batch(made["id"]).status is BatchStatus.IN_PROGRESS, timeout_s=10)
         answer(store, model="org/other")
         got = [json.loads(line) for line in http.get(f"/v1/batches/{made['id']}/results.jsonl").text.splitlines()]
+        assert http.get(f"/v1/batches/{made['id']}/results").json()["data"] == got
     assert [row["error"] and row["error"]["code"] for row in got] == [None, None, None, "invalid_request", "invalid_request"]
     assert json.loads(got[1]["choices"][0]["text"])["config"] == {"max_new_tokens": 3}
+    assert [row["custom_id"] for row in got] == [None, "c", None, "bad", None]
 
 
 def test_retrying_the_failed_lines_keeps_names_and_configs(client: openai.OpenAI, api: LiveApi, store: Store) -> None:

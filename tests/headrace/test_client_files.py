@@ -171,7 +171,12 @@ def test_a_large_file_of_rows_is_uploaded_and_comes_back_in_order(
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row.get("custom_id") for row in rows] == [*(f"c{i}" for i in range(30)), None]
     assert ["error" in row for row in rows] == [index in (2, 30) for index in range(31)]
-    assert "uploading in.jsonl" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "uploading in.jsonl" in shown.err
+    with api.http() as http:
+        batch_id = http.get("/v1/batches").json()["data"][0]["id"]
+    assert main(["results", batch_id, "--url", api.url, "-o", str(tmp_path / "later.jsonl")]) == 0
+    assert (tmp_path / "later.jsonl").read_text() == output.read_text(), "without the file that they were sent in"
 
 
 def test_which_files_are_uploaded(tmp_path: Path) -> None:

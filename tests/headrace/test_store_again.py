@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from store_driver import REFUSED, answer, check, count, execute, submit, take, work_off
 
-from headrace.batch import BatchStatus
+from headrace.batch import BatchStatus, Item
 from headrace.config import GenerationConfig
 from headrace.errors import Conflict, NotFound, QueueFull
 from headrace.store import Store
@@ -35,6 +35,24 @@ def test_a_submission_whose_process_was_killed_is_taken_over_by_the_next_with_it
     assert submit(store, 5, idempotency_key="k").id == seen[0]
     assert check(store, seen[0]).counts.total == 5
     assert count(store, prompts) == 5
+
+
+def test_results_have_the_names_that_prompts_came_with(store: Store) -> None:
+    items = [Item(f"prompt {index}", custom_id=f"c{index}" if index % 7 else None) for index in range(40)]
+    items[3] = Item(REFUSED, custom_id="refused")
+    batch = store.create_batch(items, GenerationConfig(), model="m", chunk_size=10)
+    claims = take(store)
+    work_off(store, claims[:1] + claims[3:])
+    for claim in claims[1:3]:
+        store.release_chunk(claim)
+    names = [item.custom_id for item in items]
+    seen = list(store.stream_results(batch.id, page=8))
+    assert [row.custom_id for row in seen] == [names[row.index] for row in seen]
+    assert len(seen) == 20
+    store.cancel_batch(batch.id)
+    again = store.retry_batch(batch.id)
+    work_off(store, take(store))
+    assert [row.custom_id for row in store.results(again.id)] == names[10:30]
 
 
 def test_no_more_than_so_many_open_prompts(store: Store) -> None:
