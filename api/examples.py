@@ -43,7 +43,7 @@ CONVERSATIONS: Final[dict[str, Any]] = {
 }
 
 
-def _batch(status: BatchStatus, *, completed: int, failed: int, **times: float) -> Batch:
+def _batch(status: BatchStatus, *, completed: int, failed: int, begun: int = 0, **times: float) -> Batch:
     return Batch(
         id=_ID,
         model=_MODEL,
@@ -51,6 +51,7 @@ def _batch(status: BatchStatus, *, completed: int, failed: int, **times: float) 
         status=status,
         counts=RequestCounts(total=2000, completed=completed, failed=failed),
         usage=TokenUsage(prompt_tokens=61 * completed, cached_tokens=48 * completed, completion_tokens=52 * completed),
+        begun=begun,
         created_at=_T0,
         expires_at=_T0 + 86400,
         in_progress_at=_T0,
@@ -89,9 +90,19 @@ def _replace(value: Any, old: object, new: object) -> Any:
 
 
 _queued = BatchOut.of(_batch(BatchStatus.IN_PROGRESS, completed=0, failed=0, updated_at=_T0), queue="sent")
-_running = BatchOut.of(_batch(BatchStatus.IN_PROGRESS, completed=1240, failed=1, started_at=_T0 + 1, updated_at=_T0 + 63))
+_running = BatchOut.of(
+    _batch(BatchStatus.IN_PROGRESS, completed=1240, failed=1, begun=1368, started_at=_T0 + 1, updated_at=_T0 + 63)
+)
 _cancelling = BatchOut.of(
-    _batch(BatchStatus.CANCELLING, completed=1240, failed=1, started_at=_T0 + 1, updated_at=_T0 + 63, cancelling_at=_T0 + 64)
+    _batch(
+        BatchStatus.CANCELLING,
+        completed=1240,
+        failed=1,
+        begun=1368,
+        started_at=_T0 + 1,
+        updated_at=_T0 + 63,
+        cancelling_at=_T0 + 64,
+    )
 )
 _completion = Completion(
     index=0,

@@ -128,6 +128,8 @@ class Batch:
     counts: RequestCounts
     usage: TokenUsage
     created_at: float
+    begun: int = 0
+    """Prompts that workers are seen to have begun with, those that are done included; 0 where a worker of before doesn't say."""
     expires_at: float | None = None
     started_at: float | None = None
     """When a worker first claimed a chunk of it."""
@@ -175,14 +177,28 @@ class Batch:
         """Seconds of work left at the rate so far, seen from `updated_at`; 0 when terminal, None before there is a row."""
         if self.status.is_terminal:
             return 0.0
-        seconds = self._busy_s
-        return seconds * (self.counts.total - self.counts.done) / self.counts.done if seconds and self.counts.done else None
+        seconds, done = self._busy_s, self.counts.done
+        return seconds_left(seconds, done=done, running=self.running, left=self.counts.total - done) if seconds else None
+
+    @property
+    def running(self) -> int:
+        """Prompts that are begun and not done, as far as is seen."""
+        return max(0, self.begun - self.counts.done)
 
     @property
     def _busy_s(self) -> float | None:
         if self.started_at is None or self.updated_at is None or self.updated_at <= self.started_at:
             return None
         return self.updated_at - self.started_at
+
+
+def seconds_left(elapsed_s: float, *, done: int, running: int, left: int) -> float | None:
+    """Return how long `left` prompts (those that run among them) take at the rate of `elapsed_s`; None before one is done.
+
+    A prompt that runs counts as half done. Where all run at once, the first that is done has taken nearly as long as the others will:
+    by those that are done alone, a hundred would take a hundred times as long. Where few run at once they soon count for nothing.
+    """
+    return elapsed_s * left / (done + running / 2) if done else None
 
 
 def no_such_batch(batch_id: str) -> NotFound:

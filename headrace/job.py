@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from headrace.batch import Batch, BatchStatus
+from headrace.batch import Batch, BatchStatus, seconds_left
 from headrace.completion import Completion, TokenUsage
 from headrace.config import ChatTemplateConfig, EngineConfig, GenerationConfig, Prompt, PytorchEngineConfig
 from headrace.dataset import Digest, digest, output_row, read_rows
@@ -100,6 +100,8 @@ class JobProgress:
     failed: int
     resumed: int
     """Rows of `done` that an earlier run computed."""
+    running: int
+    """Rows that are begun and not done, as far as is seen."""
     usage: TokenUsage
     """Of this run."""
     elapsed_s: float
@@ -112,8 +114,7 @@ class JobProgress:
     @property
     def eta_s(self) -> float | None:
         """Seconds left at the rate so far; None before the first row."""
-        fresh = self.done - self.resumed
-        return self.elapsed_s * (self.total - self.done) / fresh if fresh else None
+        return seconds_left(self.elapsed_s, done=self.done - self.resumed, running=self.running, left=self.total - self.done)
 
 
 class Failures(NamedTuple):
@@ -242,6 +243,7 @@ class _Run:
             done=batch.counts.done,
             failed=batch.counts.failed,
             resumed=self._resumed,
+            running=batch.running,
             usage=TokenUsage(
                 prompt_tokens=now.prompt_tokens - before.prompt_tokens,
                 cached_tokens=now.cached_tokens - before.cached_tokens,

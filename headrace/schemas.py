@@ -208,6 +208,7 @@ class Extras(_Shape):
     progress: float = Field(description="Fraction of the prompts that are done, 0..1.")
     tokens_per_second: float | None = Field(description="Generated tokens a second so far; null before the first row.")
     eta_s: float | None = Field(description="Seconds of work left at the rate so far; 0 when over, null when unknown.")
+    begun: int = Field(description="Prompts that workers are seen to have begun with, those that are done included.")
     started_at: float | None = Field(description="When a worker first claimed a chunk.")
     updated_at: float | None = Field(description="When a row was last recorded.")
     queue: Literal["sent", "unavailable"] | None = Field(
@@ -271,6 +272,7 @@ class BatchOut(_Shape):
                 progress=batch.progress,
                 tokens_per_second=batch.tokens_per_second,
                 eta_s=batch.eta_s,
+                begun=batch.begun,
                 started_at=batch.started_at,
                 updated_at=batch.updated_at,
                 queue=queue,
@@ -311,6 +313,7 @@ def read_batch(data: Mapping[str, Any]) -> Batch:
         ),
         gen_config=GenerationConfig.from_dict(extras["gen_config"]),
         priority=extras["priority"],
+        begun=extras.get("begun", 0),  # a server of before doesn't say
         started_at=extras["started_at"],
         updated_at=extras["updated_at"],
         metadata=data["metadata"] or {},

@@ -29,7 +29,7 @@ _STALLED_ERROR: Final = {
 }
 _PLAIN: Final = (
     "id", "model", "created_at", "expires_at", "started_at", "in_progress_at", "finalizing_at", "completed_at", "failed_at",
-    "expired_at", "cancelling_at", "cancelled_at", "updated_at", "endpoint", "completion_window", "priority", "input_file_id",
+    "expired_at", "cancelling_at", "cancelled_at", "updated_at", "endpoint", "completion_window", "priority", "input_file_id", "begun",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class _Tally:
 
     completed: int = 0
     failed: int = 0
+    begun: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -108,7 +109,7 @@ def record(connection: Connection, entries: Sequence[Entry]) -> list[RecordResul
     crash_point("before_flush")
     held = chunk_queries.lock(connection, [claimed.chunk_id for claimed, _ in entries])
     verdicts = {claimed: _judge(held, claimed) for claimed, _ in entries}
-    tallies = _write(connection, [entry for entry in entries if verdicts[entry[0]].writes], at=held.at)
+    tallies = _write(connection, [entry for entry in entries if verdicts[entry[0]].writes], held)
     _move_on(connection, held, verdicts)
     return [
         RecordResult(claim=claimed, status=verdicts[claimed].status, inserted=tallies[claimed].rows) for claimed, _ in entries
@@ -124,7 +125,7 @@ def record_late(connection: Connection, entries: Sequence[Entry]) -> list[Record
     held = chunk_queries.lock(connection, [claimed.chunk_id for claimed, _ in entries])
     open_states = (ChunkState.QUEUED, ChunkState.LEASED)
     open_ones = {chunk_id for chunk_id, row in held.chunks.items() if row.state in open_states}
-    tallies = _write(connection, [entry for entry in entries if entry[0].chunk_id in open_ones], at=held.at)
+    tallies = _write(connection, [entry for entry in entries if entry[0].chunk_id in open_ones], held)
     return [
         RecordResult(
             claim=claimed,
@@ -135,18 +136,22 @@ def record_late(connection: Connection, entries: Sequence[Entry]) -> list[Record
     ]
 
 
-def _write(connection: Connection, entries: Sequence[Entry], *, at: float) -> defaultdict[Claim, _Tally]:
+def _write(connection: Connection, entries: Sequence[Entry], held: chunk_queries.Held) -> defaultdict[Claim, _Tally]:
     """Insert the rows that are missing and count them; return what each claim has added."""
     rows: dict[tuple[str, int], tuple[Claim, dict[str, Any]]] = {}
     for claimed, answers in entries:
         for answer in answers:
             assert claimed.start <= answer.index < claimed.stop, f"index {answer.index} is not of {claimed.chunk_id}"
-            row = to_row(claimed.batch_id, answer, recorded_at=at, worker=claimed.worker)
+            row = to_row(claimed.batch_id, answer, recorded_at=held.at, worker=claimed.worker)
             rows.setdefault((claimed.batch_id, answer.index), (claimed, row))
     tallies: defaultdict[Claim, _Tally] = defaultdict(_Tally)
+    begun: dict[str, int] = {chunk_id: row.begun for chunk_id, row in held.chunks.items()}
     for key in insert_rows(connection, [row for _, row in rows.values()]):
         claimed, row = rows[key]
-        tallies[claimed].add(row)
+        tally, index = tallies[claimed], key[1]
+        tally.add(row)
+        tally.begun += max(0, index + 1 - claimed.start - begun[claimed.chunk_id])
+        begun[claimed.chunk_id] = max(begun[claimed.chunk_id], index + 1 - claimed.start)
     crash_point("mid_flush")
     _count(connection, tallies)
     return tallies

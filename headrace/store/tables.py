@@ -91,6 +91,8 @@ batches = Table(
     _counter("total"),
     _counter("completed"),
     _counter("failed"),
+    # The sum of its chunks'.
+    _counter("begun"),
     _counter("prompt_tokens"),
     _counter("cached_tokens"),
     _counter("completion_tokens"),
@@ -161,6 +163,8 @@ chunks = Table(
     Column("finished_at", Double),
     _counter("completed"),
     _counter("failed"),
+    # Its prompts up to the last one that a worker has answered: engines begin them in their order, so these have been begun.
+    _counter("begun"),
     _counter("prompt_tokens"),
     _counter("cached_tokens"),
     _counter("completion_tokens"),

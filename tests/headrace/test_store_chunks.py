@@ -137,6 +137,30 @@ def test_ten_deliveries_of_everything_count_once(store: Store) -> None:
     assert (done.status, done.counts.completed) == (BatchStatus.COMPLETED, 12)
 
 
+def test_what_is_begun_is_seen_by_the_last_answer_of_each_chunk(store: Store) -> None:
+    batch_id = submit(store, 20, chunk_size=10, refused=[19]).id
+    one, two = take(store)
+
+    def seen() -> tuple[int, int]:
+        batch = check(store, batch_id)
+        return batch.begun, batch.running
+
+    assert seen() == (0, 0)
+    store.record(one, answers([2]))
+    assert seen() == (3, 1), "three are begun; of these one is done, and the refused one counts as done too"
+    store.record_many([(two, answers([14])), (one, answers([6, 4]))])
+    assert seen() == (12, 7)
+    store.record_many([(one, answers([6, 1])), (one, answers([7, 1]))])
+    assert seen() == (13, 6), "one chunk's rows in two entries, some of them a second time"
+    lapse(store, two.chunk_id)
+    again = store.claim_chunk(two.chunk_id, worker="v", lease_s=60)
+    assert again is not None
+    store.record_late([(two, answers([16])), (again, answers([15]))])
+    assert seen() == (15, 6), "two claims on one chunk"
+    work_off(store, [one, again])
+    assert seen() == (19, 0)
+
+
 def test_the_first_answer_stays(store: Store) -> None:
     batch = submit(store, 2)
     (claim,) = take(store)

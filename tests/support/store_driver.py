@@ -84,10 +84,13 @@ def check(store: Store, batch_id: str) -> Batch:
     assert {name: getattr(row, name) for name in COUNTERS} == _recount(rows)
     assert [(part.start, part.stop) for part in parts] == _cuts(parts, row.total)
     states = Counter(part.state for part in parts)
+    assert row.begun == sum(part.begun for part in parts)
     assert row.open_chunks == states[ChunkState.QUEUED] + states[ChunkState.LEASED]
     for part in parts:
         inside = [item for item in rows if part.start <= item["index"] < part.stop]
         assert {name: getattr(part, name) for name in COUNTERS} == _recount(inside), part.number
+        # What no worker answered (refused, cancelled) was begun by none.
+        assert part.begun == max((item["index"] + 1 - part.start for item in inside if item["worker"] is not None), default=0)
         if part.state in (ChunkState.DONE, ChunkState.CANCELLED):
             assert len(inside) == part.stop - part.start
             assert (part.sent_at, part.lease_until) == (None, None)
