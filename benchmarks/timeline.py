@@ -49,6 +49,11 @@ class Timeline:
         """The inner executor's."""
         return self._inner.num_blocks
 
+    @property
+    def worthwhile_tokens(self) -> int:
+        """The inner executor's."""
+        return self._inner.worthwhile_tokens
+
     def launch(self, plan: StepPlan) -> RunningStep:
         """Launch between two events."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

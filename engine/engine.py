@@ -70,6 +70,7 @@ class Engine:
         self._clock = clock
         self._scheduler = Scheduler(
             num_blocks=executor.num_blocks,
+            worthwhile_tokens=executor.worthwhile_tokens,
             block_size=options.block_size,
             max_batch_size=options.max_batch_size,
             token_budget=options.max_prefill_token_num,

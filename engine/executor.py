@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,7 @@ from engine.parallel import (
 )
 from engine.plan import RunningStep, StepPlan
 from engine.plan_channel import PlanReceiver, PlanSender, lost_rank
-from engine.profile import activation_bytes
+from engine.profile import StepProfile, profile_largest_step
 from engine.runner import Forward, Runner
 from engine.sampler import Sampler
 from engine.scorer import Scorer
@@ -56,6 +57,8 @@ class _Rank(NamedTuple):
     memory: MemoryReport
     seconds: dict[str, float]
     """What getting ready took, part by part."""
+    worthwhile_tokens: int
+    """See `engine.plan.Executor`."""
 
 
 def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.device) -> _Rank:
@@ -73,7 +76,8 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         watch.lap("weights")
         compiling.wait()
         watch.lap("kernels")
-        memory = _measure(options, decoder, group, dtype=dtype, device=device)
+        profile = profile_largest_step(decoder, options) if device.type == "cuda" else None
+        memory = _budget(options, decoder, group, profile, dtype=dtype, device=device)
         watch.lap("profile")
         caches = kv_cache.allocate(
             decoder.spec, num_blocks=memory.num_blocks, block_size=options.block_size, dtype=dtype, device=device
@@ -82,7 +86,7 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     slots = options.max_batch_size
     table = StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device)
     free = kv_cache.free_memory(device)
-    forward = _forward(options, decoder, caches, table)
+    forward, decode_ms = _forward(options, decoder, caches, table)
     if device.type == "cuda":
         memory = replace(memory, graphs=max(0, free - kv_cache.free_memory(device)))
     watch.lap("graphs")
@@ -106,7 +110,7 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
             **kv_cache.report(memory),
         },
     )
-    return _Rank(runner, memory, watch.seconds)
+    return _Rank(runner, memory, watch.seconds, 1 if profile is None else profile.worthwhile_tokens(decode_ms))
 
 
 def _connect(options: EngineOptions, group: ParallelGroup, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -127,22 +131,33 @@ def _connect(options: EngineOptions, group: ParallelGroup, *, dtype: torch.dtype
     )
 
 
-def _forward(options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache], table: StateTable) -> Forward:
-    """Choose how steps run: the model as it is, or on a GPU captured graphs where a plan has only single tokens."""
+def _forward(
+    options: EngineOptions, decoder: Decoder, caches: Sequence[LayerCache], table: StateTable
+) -> tuple[Forward, float]:
+    """Choose how steps run: the model as it is, or on a GPU captured graphs where a plan has only single tokens.
+
+    Gives the milliseconds of the largest graph too; without graphs no step is launched faster than another, which infinity says.
+    """
     if options.device == "cpu" or options.eager_mode:
-        return decoder.hidden
+        return decoder.hidden, math.inf
     from engine.graphs import GraphForward  # needed on a GPU alone
 
     graphs = GraphForward(decoder, caches, table.singles, session_len=options.session_len)
     graphs.capture()
-    return graphs
+    return graphs, graphs.largest_ms
 
 
-def _measure(
-    options: EngineOptions, decoder: Decoder, group: ParallelGroup, *, dtype: torch.dtype, device: torch.device
+def _budget(
+    options: EngineOptions,
+    decoder: Decoder,
+    group: ParallelGroup,
+    profile: StepProfile | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> MemoryReport:
     one_block = kv_cache.block_bytes(decoder.spec, block_size=options.block_size, dtype=dtype)
-    activations = activation_bytes(decoder, options) if device.type == "cuda" else 0
+    activations = 0 if profile is None else profile.peak_bytes
     free = max(0, kv_cache.free_memory(device) - activations)
     if device.type == "cpu":
         free //= group.size  # the ranks share the host's memory
@@ -194,11 +209,17 @@ class LocalExecutor:
         with _device_guard(self._device):
             self._rank: _Rank | None = _make_rank(options, SingleRank(), self._device)
         self._memory, self._seconds = self._rank.memory, self._rank.seconds
+        self._worthwhile_tokens = self._rank.worthwhile_tokens
 
     @property
     def num_blocks(self) -> int:
         """KV blocks in the pool."""
         return self._memory.num_blocks
+
+    @property
+    def worthwhile_tokens(self) -> int:
+        """See `engine.plan.Executor`."""
+        return self._worthwhile_tokens
 
     def launch(self, plan: StepPlan) -> RunningStep:
         """Start a step; on a CPU it is done on return. Raise `OutOfDeviceMemory` where it didn't run."""
@@ -236,11 +257,17 @@ class TensorParallelExecutor:
             self._rank = _make_rank(options, self._group, self._device)
             undo.pop_all()  # nothing failed: the channel and the group stay
         self._memory, self._seconds = self._rank.memory, self._rank.seconds
+        self._worthwhile_tokens = self._rank.worthwhile_tokens
 
     @property
     def num_blocks(self) -> int:
         """KV blocks in the pool of every rank."""
         return self._memory.num_blocks
+
+    @property
+    def worthwhile_tokens(self) -> int:
+        """See `engine.plan.Executor`."""
+        return self._worthwhile_tokens
 
     def launch(self, plan: StepPlan) -> RunningStep:
         """Start a step on every rank. Raise `RankLost` where one is gone.

@@ -70,6 +70,8 @@ class GraphForward:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         # Filled by capture(): for each row count the size whose graph serves it.
         self._size_for_rows: list[int] = []
+        self.largest_ms = 0.0
+        """A replay of the largest graph, on rows that are padding. Filled by capture(), too."""
         self._pool: Any = None  # what torch gives as a pool handle has no public type
         self._query_start_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._hidden_RD = torch.zeros((max_rows, model.spec.hidden_size), dtype=model.norm_D.dtype, device=device)
@@ -110,6 +112,7 @@ class GraphForward:
         # Ranks that replayed different sizes would wait for each other for ever.
         times = dict(zip(times, self._model.group.agreed(list(times.values())), strict=True))
         self._size_for_rows = fastest_sizes(times)
+        self.largest_ms = times[self._sizes[-1]]
         seconds = time.perf_counter() - started
         log.info(
             "decode graphs captured: a step of single tokens is one launch from now on",

@@ -136,6 +136,14 @@ class Executor(Protocol):
         """KV blocks in the pool (every rank holds the same number)."""
         ...
 
+    @property
+    def worthwhile_tokens(self) -> int:
+        """How many tokens of prompts a step must bring for the device to be at work as long as the host launches it.
+
+        A step without prompts is one launch. 1: none is worth waiting for.
+        """
+        ...
+
     def launch(self, plan: StepPlan) -> RunningStep:
         """Start a step on every rank and return at once (on a CPU: when it is done). Plans run in the order launched.
 

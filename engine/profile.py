@@ -1,6 +1,10 @@
-"""How much device memory a step takes beside weights and KV pool: measured by running the largest step there can be."""
+"""What the largest step takes: device memory beside weights and KV pool, the host's time and the device's. Measured by running it."""
 
 from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +15,26 @@ from engine.scorer import LEAST_AT_ONCE
 from kernels.attention import AttentionMetadata
 
 
-def activation_bytes(decoder: Decoder, options: EngineOptions) -> int:
-    """Run one step of `max_prefill_token_num` tokens and give the peak of what it allocated, in bytes. CUDA only."""
+class StepProfile(NamedTuple):
+    """A step of `max_prefill_token_num` tokens on a GPU, launched kernel by kernel."""
+
+    peak_bytes: int
+    """What it allocates."""
+    host_ms: float
+    """Launching it, which takes as long for one prompt as for many."""
+    token_us: float
+    """The device's time for a token of a prompt."""
+
+    def worthwhile_tokens(self, decode_ms: float) -> int:
+        """How many tokens of prompts keep the device at work as long as the host launches their step.
+
+        `decode_ms`: the device's time for what such a step computes beside them, a token of each running request.
+        """
+        return max(1, math.ceil(1e3 * (self.host_ms - decode_ms) / self.token_us))
+
+
+def profile_largest_step(decoder: Decoder, options: EngineOptions) -> StepProfile:
+    """Run the step that takes most, twice: the first one loads what is needed. CUDA only; on all ranks of a group alike."""
     device = decoder.cos_sin_MH.device
     dtype = decoder.embedding.weight_VD.dtype
     blocks = options.max_blocks_per_sequence
@@ -21,19 +43,28 @@ def activation_bytes(decoder: Decoder, options: EngineOptions) -> int:
     (cache, *_) = kv_cache.allocate(
         decoder.spec, num_blocks=blocks, block_size=options.block_size, dtype=dtype, device=device, num_layers=1
     )
+    caches = [cache] * decoder.spec.num_layers
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.inference_mode():
         inputs = _largest_step(options, longest=longest, device=device)
-        logits_RV = decoder.forward(inputs, [cache] * decoder.spec.num_layers)
+        logits_RV = decoder.forward(inputs, caches)
         # What the sampler may hold at once beside the logits: their scaled copy, weights, sums and an order (float64, int64).
         scratch = torch.empty((logits_RV.numel() * 7,), dtype=torch.float32, device=device)
-    torch.cuda.synchronize(device)
-    peak: int = torch.cuda.max_memory_allocated(device) - before
-    del inputs, logits_RV, scratch, cache
+        torch.cuda.synchronize(device)
+        peak: int = torch.cuda.max_memory_allocated(device) - before
+        del logits_RV, scratch
+        started = time.perf_counter()
+        begin.record()
+        decoder.hidden(inputs, caches)
+        end.record()
+        host_ms = 1e3 * (time.perf_counter() - started)
+    end.synchronize()
+    del inputs, cache, caches
     torch.cuda.empty_cache()
-    return peak
+    return StepProfile(peak, host_ms, 1e3 * begin.elapsed_time(end) / options.max_prefill_token_num)
 
 
 def _largest_step(options: EngineOptions, *, longest: int, device: torch.device) -> StepInputs:

@@ -45,6 +45,7 @@ class Scheduler:
         max_batch_size: int,
         token_budget: int,
         prefill_interval: int,
+        worthwhile_tokens: int,
         enable_prefix_caching: bool,
         session_len: int,
     ) -> None:
@@ -54,6 +55,7 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self.budget = TokenBudget(token_budget)
         self._prefill_interval = prefill_interval
+        self._worthwhile_tokens = worthwhile_tokens
         self._session_len = session_len
         self._step = 0
         self._arrivals = 0
@@ -298,10 +300,22 @@ class Scheduler:
         if self._pool_was_full:
             return False
         return (
-            self._waiting_tokens >= self.budget.now
-            or 2 * len(self._running) < self._max_batch_size
+            2 * len(self._running) < self._max_batch_size
             or self._steps_since_admission >= self._prefill_interval
+            or self._is_worth_a_step()
         )
+
+    def _is_worth_a_step(self) -> bool:
+        """Whether enough prompts wait to fill a step, and enough of them find a slot for the device to be worth its host's while.
+
+        Were one let in whenever a slot is free, a small model with a million prompts would launch every step kernel by kernel: ten
+        times the device's work.
+        """
+        waiting, slots = len(self._waiting), len(self._free_slots)
+        if self._waiting_tokens < self.budget.now:
+            return False
+        admissible = self._waiting_tokens * min(slots, waiting) // waiting
+        return admissible >= min(self._worthwhile_tokens, self.budget.now)
 
     def _let_in(self, draft: PlanDraft) -> None:
         """Start what may start: forks first, at any time, because a fork is one token and takes no prompt's time; then prompts."""

@@ -57,6 +57,21 @@ def test_a_full_budget_of_waiting_tokens_does_not_wait_for_the_interval():
     assert admissions(device) == [1, 3]
 
 
+@pytest.mark.parametrize(("worthwhile_tokens", "bunch"), [(1, 1), (12, 3), (1000, 6)])
+def test_of_a_deep_queue_so_many_come_in_that_their_step_is_worth_its_launch(worthwhile_tokens, bunch):
+    """Eight of 16 requests end, one a step; 40 prompts of 4 tokens wait. A full step holds six of them beside the others' 8 tokens."""
+    opts = FakeOptions(max_batch_size=16, prefill_interval=1000, max_prefill_token_num=32)
+    device = FakeDevice(500, opts)
+    device.worthwhile_tokens = worthwhile_tokens
+    engine = Engine(device, opts)
+    for index in range(56):
+        length = 30 + index if index < 8 else 100
+        engine.add(request(f"r{index}", range(3 + index, 7 + index), max_new_tokens=length, ignore_eos=True))
+    while engine.stats().finished < 8:
+        engine.step()
+    assert {len(plan.admitted) for plan in device.plans if plan.step > 30 and plan.admitted} == {bunch}
+
+
 def test_below_half_of_the_batch_prompts_come_in_at_once():
     engine, device = make(max_batch_size=8, prefill_interval=1000)
     for index in range(4):
@@ -196,6 +211,7 @@ class Instant:
     """An executor that answers at once, to time the host alone."""
 
     num_blocks = 40_000
+    worthwhile_tokens = 1
 
     def launch(self, plan: StepPlan):
         output = StepOutput(step=plan.step, tokens=(5,) * sum(row.samples for row in plan.rows))

@@ -33,6 +33,10 @@ class Hog:
     def num_blocks(self) -> int:
         return self._inner.num_blocks
 
+    @property
+    def worthwhile_tokens(self) -> int:
+        return self._inner.worthwhile_tokens
+
     def launch(self, plan: StepPlan) -> RunningStep:
         self.launches += 1
         if self.launches == self._takes_at:

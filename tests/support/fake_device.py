@@ -139,6 +139,7 @@ class FakeDevice:
         """`memory`: whether a plan fits; one that doesn't stops in the middle and leaves garbage wherever it was to write."""
         self._num_blocks, self._options, self._vocab = num_blocks, options, vocab
         self._memory = memory
+        self.worthwhile_tokens = 1
         self.plans: list[StepPlan] = []
         self.read = 0
         self.kv: dict[tuple[int, int], int] = {}
