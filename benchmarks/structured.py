@@ -141,13 +141,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = [tokenizer.encode_chat(tokenizer.render(messages, continue_final=False)) for messages in asked]
     held = {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}
     most = [arguments.max_new_tokens] * len(prompts)
-    first = run(engine, make_requests(prompts, info.eos_ids, most, **held))
-    lengths = [max(1, len(ids)) for ids in first.token_ids]
-    run(engine, make_requests(prompts, info.eos_ids, lengths, ignore_eos=True))
     with_schema, without = [], []
-    for _ in range(RUNS):
+    for _ in range(1 + RUNS):
         with_schema.append(run(engine, make_requests(prompts, info.eos_ids, most, **held)))
+        lengths = [max(1, len(ids)) for ids in with_schema[-1].token_ids]
         without.append(run(engine, make_requests(prompts, info.eos_ids, lengths, ignore_eos=True)))
+    del with_schema[0], without[0]  # in these all gets warm
     finished = [validate(answers, tokenizer) for answers in with_schema]
     speeds = [statistics.median(one.tokens_per_second for one in runs) for runs in (with_schema, without)]
     return {

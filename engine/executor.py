@@ -34,7 +34,7 @@ from engine.parallel import (
 )
 from engine.plan import RunningStep, StepPlan
 from engine.plan_channel import PlanReceiver, PlanSender, lost_rank
-from engine.profile import StepProfile, profile_largest_step
+from engine.profile import StepProfile, profile_steps
 from engine.runner import Forward, Runner
 from engine.sampler import Sampler
 from engine.scorer import Scorer
@@ -76,7 +76,7 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         watch.lap("weights")
         compiling.wait()
         watch.lap("kernels")
-        profile = profile_largest_step(decoder, options) if device.type == "cuda" else None
+        profile = profile_steps(decoder, options) if device.type == "cuda" else None
         memory = _budget(options, decoder, group, profile, dtype=dtype, device=device)
         watch.lap("profile")
         caches = kv_cache.allocate(
@@ -200,6 +200,10 @@ def _within_memory(device: torch.device, run: Callable[[], _T]) -> _T:
     raise OutOfDeviceMemory(f"{(OutOfDeviceMemory.__doc__ or '').strip()} ({shortage[:300]})")
 
 
+def _report(memory: MemoryReport, seconds: dict[str, float], worthwhile_tokens: int) -> dict[str, Any]:
+    return {**kv_cache.report(memory), "ready_s": dict(seconds), "worthwhile_tokens": worthwhile_tokens}
+
+
 class LocalExecutor:
     """The whole model on one device, in this process."""
 
@@ -232,8 +236,8 @@ class LocalExecutor:
         _within_memory(self._device, partial(self._rank.runner.choose, masks))
 
     def report(self) -> dict[str, Any]:
-        """Say where the memory goes, in bytes, and what getting ready took, in seconds."""
-        return {**kv_cache.report(self._memory), "ready_s": dict(self._seconds)}
+        """Say where the memory goes, in bytes, what getting ready took, in seconds, and which prompts are worth a step."""
+        return _report(self._memory, self._seconds, self._worthwhile_tokens)
 
     def close(self) -> None:
         """Free the weights and the KV pool."""
@@ -294,8 +298,8 @@ class TensorParallelExecutor:
             self._rank.runner.choose(masks)
 
     def report(self) -> dict[str, Any]:
-        """Say where rank 0's memory goes, in bytes (the other ranks' goes the same way), and what getting ready took, in seconds."""
-        return {**kv_cache.report(self._memory), "ready_s": dict(self._seconds)}
+        """Say of rank 0 what `LocalExecutor` says; the other ranks' memory goes the same way."""
+        return _report(self._memory, self._seconds, self._worthwhile_tokens)
 
     def close(self) -> None:
         """End the other ranks and free this one's memory."""

@@ -108,7 +108,8 @@ class GraphForward:
                 self._graphs[size] = graph
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        times = {size: self._time(graph) if size >= _PADDED_FROM else 0.0 for size, graph in self._graphs.items()}
+        timed = {*(size for size in self._sizes if size >= _PADDED_FROM), self._sizes[-1]}
+        times = {size: self._time(graph) if size in timed else 0.0 for size, graph in self._graphs.items()}
         # Ranks that replayed different sizes would wait for each other for ever.
         times = dict(zip(times, self._model.group.agreed(list(times.values())), strict=True))
         self._size_for_rows = fastest_sizes(times)

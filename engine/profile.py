@@ -1,75 +1,99 @@
-"""What the largest step takes: device memory beside weights and KV pool, the host's time and the device's. Measured by running it."""
+"""What steps with prompts take: device memory beside weights and KV pool, the host's time and the device's. Measured by running some."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from engine import kv_cache
-from engine.models.decoder import Decoder, StepInputs
+from engine.models.decoder import Decoder, LayerCache, StepInputs
 from engine.options import EngineOptions
 from engine.scorer import LEAST_AT_ONCE
 from kernels.attention import AttentionMetadata
 
+_TIMES = 4
+_FEW_TOKENS = 256
+"""Tokens of the step whose launch is timed: the device is done with them before the driver's queue is full and the host waits for it."""
+
 
 class StepProfile(NamedTuple):
-    """A step of `max_prefill_token_num` tokens on a GPU, launched kernel by kernel."""
+    """What steps with prompts take on a GPU, which are launched kernel by kernel."""
 
     peak_bytes: int
-    """What it allocates."""
+    """What one of `max_prefill_token_num` tokens allocates."""
     host_ms: float
-    """Launching it, which takes as long for one prompt as for many."""
+    """Launching one, which takes as long for one prompt as for many."""
     token_us: float
     """The device's time for a token of a prompt."""
 
     def worthwhile_tokens(self, decode_ms: float) -> int:
         """How many tokens of prompts keep the device at work as long as the host launches their step.
 
-        `decode_ms`: the device's time for what such a step computes beside them, a token of each running request.
+        `decode_ms`: the device's time for what such a step computes beside them, a token of each running request. A power of 2: what
+        was timed differs a little at each start, and the schedule should not.
         """
-        return max(1, math.ceil(1e3 * (self.host_ms - decode_ms) / self.token_us))
+        tokens = 1e3 * (self.host_ms - decode_ms) / self.token_us
+        return 1 if tokens <= 1 else 1 << math.ceil(math.log2(tokens))
 
 
-def profile_largest_step(decoder: Decoder, options: EngineOptions) -> StepProfile:
-    """Run the step that takes most, twice: the first one loads what is needed. CUDA only; on all ranks of a group alike."""
+def profile_steps(decoder: Decoder, options: EngineOptions) -> StepProfile:
+    """Run the step that takes most and one of few tokens. CUDA only; all ranks of a group call it, and compute the same."""
     device = decoder.cos_sin_MH.device
     dtype = decoder.embedding.weight_VD.dtype
-    blocks = options.max_blocks_per_sequence
-    longest = min(options.session_len, options.max_prefill_token_num)
     # One layer's cache of one session serves all layers and all rows: what it holds doesn't matter.
     (cache, *_) = kv_cache.allocate(
-        decoder.spec, num_blocks=blocks, block_size=options.block_size, dtype=dtype, device=device, num_layers=1
+        decoder.spec,
+        num_blocks=options.max_blocks_per_sequence,
+        block_size=options.block_size,
+        dtype=dtype,
+        device=device,
+        num_layers=1,
     )
     caches = [cache] * decoder.spec.num_layers
+    budget = options.max_prefill_token_num
+    with torch.inference_mode():
+        largest, small = (_step_of(tokens, options, device=device) for tokens in (budget, min(budget, _FEW_TOKENS)))
+        peak = _peak_bytes(decoder, largest, caches)
+        _, gpu_ms = _timed(decoder, largest, caches)
+        # The least of a few: a pause of the host's isn't the step's.
+        host_ms = min(_timed(decoder, small, caches)[0] for _ in range(_TIMES))
+    del largest, small, cache, caches
+    torch.cuda.empty_cache()
+    return StepProfile(peak, host_ms, 1e3 * gpu_ms / budget)
+
+
+def _peak_bytes(decoder: Decoder, inputs: StepInputs, caches: Sequence[LayerCache]) -> int:
+    device = decoder.cos_sin_MH.device
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    logits_RV = decoder.forward(inputs, caches)
+    # What the sampler may hold at once beside the logits: their scaled copy, weights, sums and an order (float64, int64).
+    torch.empty((logits_RV.numel() * 7,), dtype=torch.float32, device=device)
+    torch.cuda.synchronize(device)
+    peak: int = torch.cuda.max_memory_allocated(device) - before
+    return peak
+
+
+def _timed(decoder: Decoder, inputs: StepInputs, caches: Sequence[LayerCache]) -> tuple[float, float]:
+    """Run a step up to what the head reads: milliseconds of the host and of the device."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.inference_mode():
-        inputs = _largest_step(options, longest=longest, device=device)
-        logits_RV = decoder.forward(inputs, caches)
-        # What the sampler may hold at once beside the logits: their scaled copy, weights, sums and an order (float64, int64).
-        scratch = torch.empty((logits_RV.numel() * 7,), dtype=torch.float32, device=device)
-        torch.cuda.synchronize(device)
-        peak: int = torch.cuda.max_memory_allocated(device) - before
-        del logits_RV, scratch
-        started = time.perf_counter()
-        begin.record()
-        decoder.hidden(inputs, caches)
-        end.record()
-        host_ms = 1e3 * (time.perf_counter() - started)
+    started = time.perf_counter()
+    begin.record()
+    decoder.hidden(inputs, caches)
+    end.record()
+    host_ms = 1e3 * (time.perf_counter() - started)
     end.synchronize()
-    del inputs, cache, caches
-    torch.cuda.empty_cache()
-    return StepProfile(peak, host_ms, 1e3 * begin.elapsed_time(end) / options.max_prefill_token_num)
+    return host_ms, begin.elapsed_time(end)
 
 
-def _largest_step(options: EngineOptions, *, longest: int, device: torch.device) -> StepInputs:
-    """Lay out rows of `longest` tokens until the budget is spent; as many tokens reach the head as a batch may have."""
-    budget = options.max_prefill_token_num
+def _step_of(budget: int, options: EngineOptions, *, device: torch.device) -> StepInputs:
+    """Lay out rows as long as a session until the budget is spent; as many tokens reach the head as a batch may have."""
+    longest = min(options.session_len, budget)
     counts = [longest] * (budget // longest) + ([budget % longest] if budget % longest else [])
     ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     blocks = -(-longest // options.block_size)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from itertools import chain, islice
 
+from engine.admission import Admissions
 from engine.blocks import BlockPool
 from engine.budget import TokenBudget
 from engine.draft import PlanDraft, PlannedStep
@@ -54,8 +55,6 @@ class Scheduler:
         self._block_size = block_size
         self._max_batch_size = max_batch_size
         self.budget = TokenBudget(token_budget)
-        self._prefill_interval = prefill_interval
-        self._worthwhile_tokens = worthwhile_tokens
         self._session_len = session_len
         self._step = 0
         self._arrivals = 0
@@ -72,7 +71,9 @@ class Scheduler:
         self._prefixes = PrefixCache(self.pool, block_size, is_enabled=enable_prefix_caching)
         self._families = Families(self.pool, block_size)
         self._lengths = OutputLengths()
-        self._steps_since_admission = 0
+        self._admissions = Admissions(
+            max_batch_size=max_batch_size, prefill_interval=prefill_interval, worthwhile_tokens=worthwhile_tokens
+        )
         # Set when the head of the queue didn't fit; until blocks are released there is no use in asking again.
         self._pool_was_full = False
 
@@ -107,7 +108,7 @@ class Scheduler:
         draft = PlanDraft(self.budget.now)
         preemptions = self.preemptions
         self._continue_running(draft)
-        self._steps_since_admission += 1
+        self._admissions.count_step()
         # A request preempted by this very plan has a token in flight: it can't come back before the host has read it.
         if self.preemptions == preemptions:
             self._let_in(draft)
@@ -287,39 +288,24 @@ class Scheduler:
         del self._running[sequence.slot]  # type: ignore[arg-type]  # it runs
         self._leaving.append(sequence)
 
-    def _may_admit(self) -> bool:
-        """Whether prompts may join this step.
-
-        A step with prompts is longer, and on a GPU not a graph replay: while many run, prompts are let in in bunches, but
-        `prefill_interval` steps after the last admission at the latest.
-        """
+    def _may_admit(self, draft: PlanDraft) -> bool:
+        """Whether prompts may join this step."""
         if not self._waiting or not self._free_slots:
             return False
         if not self._running:
             return True
-        if self._pool_was_full:
-            return False
-        return (
-            2 * len(self._running) < self._max_batch_size
-            or self._steps_since_admission >= self._prefill_interval
-            or self._is_worth_a_step()
+        return not self._pool_was_full and self._admissions.are_due(
+            running=len(self._running),
+            free_slots=len(self._free_slots),
+            waiting=len(self._waiting),
+            waiting_tokens=self._waiting_tokens,
+            budget=self.budget.now,
+            has_chunks=bool(draft.chunks),
         )
-
-    def _is_worth_a_step(self) -> bool:
-        """Whether enough prompts wait to fill a step, and enough of them find a slot for the device to be worth its host's while.
-
-        Were one let in whenever a slot is free, a small model with a million prompts would launch every step kernel by kernel: ten
-        times the device's work.
-        """
-        waiting, slots = len(self._waiting), len(self._free_slots)
-        if self._waiting_tokens < self.budget.now:
-            return False
-        admissible = self._waiting_tokens * min(slots, waiting) // waiting
-        return admissible >= min(self._worthwhile_tokens, self.budget.now)
 
     def _let_in(self, draft: PlanDraft) -> None:
         """Start what may start: forks first, at any time, because a fork is one token and takes no prompt's time; then prompts."""
-        may_admit = self._may_admit()
+        may_admit = self._may_admit(draft)
         may_fork = (may_admit or not self._pool_was_full) and bool(self._free_slots) and self._families.has_forks
         if not may_admit and not may_fork:
             return
@@ -362,7 +348,7 @@ class Scheduler:
             if not sequence.preemptions:
                 sequence.cached_tokens = len(cached) * self._block_size
             self._start(sequence, cached, draft, computed=len(cached) * self._block_size)
-            self._steps_since_admission = 0
+            self._admissions.count_prompt()
 
     def _fits(self, sequence: SequenceState, cached: list[int], forecast: Forecast) -> bool:
         idle = sum(map(self.pool.is_idle, cached))
@@ -386,6 +372,7 @@ class Scheduler:
         assert len(sequence.tokens) == sequence.num_tokens, "admitted with tokens still in flight"
         del self._waiting[sequence.arrival]
         self._waiting_tokens -= sequence.num_tokens
+        self._admissions.learn(sequence.num_tokens - computed, sequence.num_tokens)
         size = self._block_size
         # The cached blocks first: allocate() might evict them.
         self.pool.share(cached)

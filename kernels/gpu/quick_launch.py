@@ -7,6 +7,7 @@ beside the binary, and a launch of a known kind goes straight to it, by Triton's
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ class QuickKernel:
             for param in kernel.params
         )
         self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._first: dict[tuple[Any, ...], threading.Lock] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         """As with Triton's: `kernel[grid](*arguments, **constants_and_options)`."""
@@ -63,13 +65,21 @@ class QuickKernel:
         kind = self.kind(args, meta)
         known = self._known.get(kind)
         if known is None:
-            binary = self.kernel[grid](*args, **meta)
-            if binary is not None:
-                # It takes the constants too, as it took them when it was compiled.
-                self._known[kind] = (binary, tuple(meta[param.name] for param in self.kernel.params[len(args) :]))
-            return
+            # Two threads with one kind would compile it twice, and one could find the binary that the other is still loading.
+            with self._first.setdefault(kind, threading.Lock()):
+                known = self._known.get(kind)
+                if known is None:
+                    self._look_up(kind, grid, args, meta)
+                    return
         binary, constants = known
         binary[(*grid, 1, 1)[:3]](*args, *constants)
+
+    def _look_up(self, kind: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        """Let Triton launch it, and keep what it found."""
+        binary = self.kernel[grid](*args, **meta)
+        if binary is not None:
+            # It takes the constants too, as it took them when it was compiled.
+            self._known[kind] = (binary, tuple(meta[param.name] for param in self.kernel.params[len(args) :]))
 
 
 def ceil_div(size: int, part: int) -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -19,7 +23,9 @@ import triton
 import triton.language as tl
 from kernel_launches import Launch, Specialisation, specialised
 from step_launches import STEPS, launches_of_a_step
-from triton.runtime.jit import JITFunction
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kernels.gpu.quick_launch import QuickKernel, ceil_div, power_of_2, quick
 from kernels.gpu.rms_norm import add_rms_norm, rms_norm
@@ -125,6 +131,53 @@ def test_what_makes_another_binary() -> None:
     assert kind not in kinds
     assert len(set(kinds)) == len(kinds)
     assert kernel.kind(args, {**meta, "num_warps": 8}) != kind != kernel.kind(args, {**meta, "BLOCK": 32})
+
+
+@triton.jit(do_not_specialize=["c", "d"], do_not_specialize_on_alignment=["e", "f"])
+def _any_kernel(a, b, c, d, e, f, C: tl.constexpr):
+    pass
+
+
+def test_launches_of_a_kind_are_one_to_triton() -> None:
+    """Random arguments, against Triton's own way from arguments to what is compiled."""
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(_any_kernel.signature, _any_kernel.params, backend)
+    kernel, x, draw = quick(_any_kernel), torch.zeros(64), random.Random()
+    values: list[Any] = [
+        True, False, 0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**31 + 16, 2**40, 2**63 - 1, None,
+        0.5, 1.0, 0.0, x, x[1:], x[4:], x[:0], x.bool(), x.long(), x.int()[1:], x.bfloat16(), torch.nn.Parameter(x),
+    ]  # fmt: skip
+    found: dict[Any, str] = {}
+    hits = 0
+    for _ in range(30_000):
+        args = (x, *draw.choices(values, k=5))
+        meta = {"C": draw.choice([1, 2]), "num_warps": draw.choice([4, 8])}
+        _, specialisation, options = bind(*args, **meta)
+        kind, compiled = kernel.kind(args, meta), f"{specialisation} {options}"
+        hits += kind in found
+        assert found.setdefault(kind, compiled) == compiled, args
+    assert hits > 1000
+
+
+def test_threads_with_one_kind_wait_for_the_first() -> None:
+    """Triton's binary is found by others as soon as it is compiled, before it is loaded: the second launch would have no function."""
+    kernel, x = quick(_plain_kernel), torch.zeros(64)
+    looked_up, loaded, seen = [], threading.Event(), []
+
+    class Loading:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args: seen.append((loaded.is_set(), args[-1]))
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **meta: Any) -> Loading:
+        looked_up.append(meta["BLOCK"])
+        time.sleep(0.2)
+        loaded.set()
+        return Loading()
+
+    with mock.patch.object(JITFunction, "run", run), ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: kernel[(1,)](x, x, 32, 7, 0.5, None, BLOCK=64), range(4)))
+    assert looked_up == [64]
+    assert seen == [(True, 64)] * 3
 
 
 def test_sizes() -> None:
