@@ -16,7 +16,7 @@ from engine.models.loading import load_decoder
 from engine.models.spec import ARCHITECTURES, ModelSpec
 from engine.parallel import SingleRank
 from engine.plan import Admission, PlanRow, StepPlan
-from engine.profile import _largest_step
+from engine.profile import _step_of
 from headrace.errors import InvalidRequest, ModelLoadError
 
 LLAMA3 = {
@@ -86,7 +86,7 @@ def test_logits_equal_transformers(variant: Path) -> None:
     from engine.kv_cache import allocate
 
     caches = allocate(spec, num_blocks=2, block_size=64, dtype=torch.float32, device=torch.device("cpu"))
-    inputs = _largest_step(options, longest=70, device=torch.device("cpu"))
+    inputs = _step_of(70, options, device=torch.device("cpu"))
     prompt = torch.tensor(PROMPTS[0])
     with torch.inference_mode():
         ours = decoder.forward(inputs._replace(tokens_T=prompt, sampled_R=None), caches)
