@@ -6,6 +6,7 @@ release that kept none, or the engine's tokenizer tells none) goes by its id, as
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from functools import cache
 from http import HTTPStatus
@@ -101,10 +102,26 @@ def _text_choice(choice: Mapping[str, Any], texts: _Texts) -> dict[str, Any]:
             "tokens": [_name(row["token_id"], texts) for row in rows],
             "token_logprobs": [row["logprob"] for row in rows],
             "top_logprobs": [_top(row["top"], texts) for row in rows],
-            "text_offset": [],
+            "text_offset": _offsets(rows, texts, choice["text"]),
         }
     shown = {"index": choice["index"], "text": choice["text"]}
     return {**shown, "logprobs": logprobs, "finish_reason": choice["finish_reason"]}
+
+
+def _offsets(rows: Sequence[Mapping[str, Any]], texts: _Texts, text: str) -> list[int]:
+    """Return where each token begins in the text, in characters; none where the tokens spell another text (one without its special tokens, say)."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    offsets, spelled, length = [], [], 0
+    for row in rows:
+        offsets.append(length)
+        known = texts.get(str(row["token_id"]))
+        if known is None:
+            return []
+        # A character of several tokens counts with the last of them.
+        spelled.append(decoder.decode(known.encode() if isinstance(known, str) else bytes(known)))
+        length += len(spelled[-1])
+    spelled.append(decoder.decode(b"", final=True))
+    return offsets if "".join(spelled).startswith(text) else []
 
 
 def _token(token_id: int, logprob: float, texts: _Texts) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import queue
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -16,7 +18,7 @@ from engine.preparation import Preparer, TokenIds
 from engine.templates import choose_template
 from engine.token_texts import TokenTexts
 from engine.tokenizer import Tokenizer
-from headrace.batch import CHAT, TEXT
+from headrace.batch import CHAT, TEXT, OutputRow
 from headrace.batch_output import line
 from headrace.completion import Completion, TokenLogprobs
 from headrace.config import GenerationConfig, PytorchEngineConfig
@@ -118,6 +120,7 @@ def test_the_lines_of_an_output_file_spell_the_answer(
         if endpoint == TEXT:
             openai.types.Completion.model_validate(body, strict=True)
             spelled = b"".join(map(spell, logprobs["tokens"]))
+            assert_offsets(logprobs["text_offset"], logprobs["tokens"], choice.text)
             assert [max(top.values()) for top in logprobs["top_logprobs"]] == [row.top[0][1] for row in choice.logprobs or ()]
         else:
             openai.types.chat.ChatCompletion.model_validate(body, strict=True)
@@ -127,6 +130,47 @@ def test_the_lines_of_an_output_file_spell_the_answer(
         special = tokenizer.skipped_ids & set(choice.token_ids)
         assert special or spelled.decode(errors="replace") == choice.text
         assert spelled.decode(errors="replace") == tokenizer.decode(choice.token_ids, skip_special_tokens=False)
+
+
+def assert_offsets(offsets: list[int], tokens: list[str], text: str) -> None:
+    """As many characters lie before a token as those before it have begun and ended."""
+    before = [b"".join(map(spell, tokens[:number])) for number in range(len(tokens) + 1)]
+    if not before[-1].decode(errors="replace").startswith(text):
+        assert offsets == []
+        return
+    decoded = [codecs.getincrementaldecoder("utf-8")("replace").decode(data) for data in before[:-1]]
+    assert offsets == [len(done) for done in decoded]
+    whole = [number for number, token in enumerate(tokens) if not token.startswith("bytes:") and is_text(before[number])]
+    assert whole
+    assert all(text[offsets[number] :].startswith(tokens[number]) for number in whole)
+
+
+def is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("texts", "text", "offsets"),
+    [
+        ({"1": "na", "2": [0xC3], "3": [0xAF], "4": "ve"}, "naïve", [0, 2, 2, 3]),
+        ({"1": "na", "2": [0xC3], "3": [0xAF], "4": "ve"}, "naï", [0, 2, 2, 3]),  # a stop word cut the rest off
+        ({"1": " na", "2": [0xC3], "3": [0xAF], "4": "ve"}, "naïve", []),
+        ({"1": "na", "2": [0xC3], "4": "ve"}, "naïve", []),
+    ],
+)
+def test_where_tokens_begin(texts: dict[str, Any], text: str, offsets: list[int]) -> None:
+    rows = [{"token_id": token, "logprob": -1.0, "top": []} for token in (1, 2, 3, 4)]
+    choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": rows, "token_ids": [1, 2, 3, 4]}
+    row = OutputRow(
+        position=0, custom_id="a", recorded_at=1.0, error_code=None, prompt_tokens=1, completion_tokens=4, cached_tokens=0,
+        body=json.dumps({"choices": [choice], "error": None, "token_texts": texts}),
+    )  # fmt: skip
+    body = json.loads(line(row, batch_id="batch_1", model="m", endpoint=TEXT))["response"]["body"]
+    assert body["choices"][0]["logprobs"]["text_offset"] == offsets
 
 
 def spell(token: str) -> bytes:
