@@ -56,6 +56,7 @@ def run(*, long: bool, seed: int, say: Say) -> dict[str, int | float]:
         for worker in old:
             wait_for(lambda worker=worker: "worker_started" in worker.log_tail(), timeout_s=60, what="up", process=worker)
         field = Ground(settings, other.folder / "new", redis_server, postgres)  # migrates the database under them
+        field.mixes_releases = True
         other.exits.callback(field.close)
         return roll(field, old, rounds=3, size=600, say=say)
 

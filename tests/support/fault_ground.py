@@ -89,6 +89,8 @@ class Ground:
         self.tally.touch()
         self.service = Service(settings, folder)
         self.exits = contextlib.ExitStack()
+        self.mixes_releases = False
+        """Whether some of the workers are of another release."""
 
     def worker(
         self, *, pause_s: float = 0.0, concurrency: int = 4, environ: dict[str, str] | None = None, **changes: Any
@@ -135,7 +137,7 @@ class Ground:
     def judge(self, batch_id: str, prompts: Sequence[Any]) -> dict[str, int]:
         """The oracle: the batch is over, every row is the one of a run without faults, counters are a recount, no lease is left."""
         rows = self.service.assert_exactly_once(batch_id, len(prompts))
-        batch = check(self.service.store, batch_id)
+        batch = check(self.service.store, batch_id, mixes_releases=self.mixes_releases)
         assert batch.status is BatchStatus.COMPLETED, batch
         for prompt, row in zip(prompts, rows, strict=True):
             assert substance(row) == substance(answer(prompt, index=row.index)), f"index {row.index} has another answer"
