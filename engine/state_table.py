@@ -50,11 +50,12 @@ class SampledRows(NamedTuple):
     """The rows of a step that sample, in the plan's order, on the host and on the device."""
 
     slots: Ints
+    """[Q], on the host, as the next two."""
     lengths: Ints
     """Tokens before the one that is chosen; it is stored at this position."""
     output_indices: Ints
     slots_Q: Tensor
-    """int64, as the next two."""
+    """int64, on the device, as the next two."""
     lengths_Q: Tensor
     output_indices_Q: Tensor
     scored: ScoredRows | None = None

@@ -40,17 +40,17 @@ def words(name: str, value: object) -> tuple[str, ...]:
     """Accept None, one word or a sequence of words, because users write all three; give a tuple."""
     if value is None:
         return ()
-    texts = (value,) if isinstance(value, str) else value
-    ok = isinstance(texts, list | tuple) and all(isinstance(text, str) and text for text in texts)
-    check(ok, name, value, "a list of non-empty strings")
-    for text in texts:  # type: ignore[attr-defined]  # checked on the line above
+    given: list[object] = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
+    texts = tuple(text for text in given if isinstance(text, str) and text)
+    check(len(texts) == len(given), name, value, "a list of non-empty strings")
+    for text in texts:
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise InvalidRequest(
                 f"{name} has a text that is not valid Unicode, {text!r:.80}: no answer ever has half of a surrogate pair in it; "
                 "cut texts between whole characters",
                 param=name,
             )
-    return tuple(texts)  # type: ignore[arg-type]
+    return texts
 
 
 def ids(name: str, value: object) -> tuple[int, ...]:

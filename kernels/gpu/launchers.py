@@ -17,21 +17,23 @@ from triton.runtime import driver
 _lock = threading.Lock()
 
 
+class OneAtATime:
+    """Makes what `make` makes; no two threads are in it at once. It doesn't end before it has read what it loaded."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        """Take the class, or whatever makes launchers."""
+        self._make = make
+        self._making = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        """Make one."""
+        with self._making:
+            return self._make(*args)
+
+
 def load_one_at_a_time() -> None:
     """See to it, on this process's driver, before threads launch kernels for the first time. May be called again."""
     with _lock:
         make = driver.active.launcher_cls
-        if not getattr(make, "one_at_a_time", False):
-            driver.active.launcher_cls = one_at_a_time(make)
-
-
-def one_at_a_time(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `make`, which no two threads are in at once. It doesn't end before it has read what it loaded."""
-    making = threading.Lock()
-
-    def made(*args: Any) -> Any:
-        with making:
-            return make(*args)
-
-    made.one_at_a_time = True  # type: ignore[attr-defined]
-    return made
+        if not isinstance(make, OneAtATime):
+            driver.active.launcher_cls = OneAtATime(make)

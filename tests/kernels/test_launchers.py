@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
+from triton.runtime import driver
 from triton.runtime.build import compile_module_from_src
 
-from kernels.gpu.launchers import one_at_a_time
+from kernels.gpu.launchers import OneAtATime, load_one_at_a_time
 
 NAME = "__triton_launcher"
 SOURCE = """
@@ -45,9 +47,25 @@ def test_each_thread_gets_what_it_loaded(tmp_path: Path, monkeypatch: pytest.Mon
         found: int = compile_module_from_src(SOURCE.format(number=number), NAME).which()
         return found
 
-    guarded = one_at_a_time(load)
+    guarded = OneAtATime(load)
     for number in range(THREADS):
         assert guarded(number) == number  # built once, loaded often
     with ThreadPoolExecutor(THREADS) as pool:
         loaded = list(pool.map(lambda number: [guarded(number) for _ in range(500)], range(THREADS)))
     assert loaded == [[number] * 500 for number in range(THREADS)]
+
+
+def test_the_process_s_driver_is_guarded_once() -> None:
+    made: list[tuple[str, str]] = []
+    mine = SimpleNamespace(launcher_cls=lambda source, metadata: made.append((source, metadata)))
+    driver.set_active(mine)
+    try:
+        load_one_at_a_time()
+        guard = mine.launcher_cls
+        load_one_at_a_time()
+        assert mine.launcher_cls is guard
+        guard("source", "metadata")
+    finally:
+        driver.reset_active()
+    assert isinstance(guard, OneAtATime)
+    assert made == [("source", "metadata")]
