@@ -97,6 +97,18 @@ def _read_kernel(p_x, p_out, size, BLOCK: tl.constexpr, UNROLL: tl.constexpr):  
     tl.store(p_out + i * BLOCK + tl.arange(0, BLOCK), b_sum)
 
 
+def fastest_read(size: int) -> float:
+    """Seconds of a kernel that does nothing but read `size` bytes that aren't in the cache: what a launch of this size can reach at best."""
+    parts = torch.randint(-(2**31), 2**31 - 1, (max(2, (1 << 28) // size), size // 4), device="cuda", dtype=torch.int32)
+    times = []
+    for programs, block, unroll in ((264, 2048, 4), (528, 2048, 2), (1056, 2048, 1), (1056, 1024, 2), (2112, 1024, 1)):
+        out = torch.empty(programs * block, device="cuda", dtype=torch.int32)
+        whole = size // 4 // (block * unroll) * block * unroll
+        runs = [partial(_read_kernel[(programs,)], part, out, whole, BLOCK=block, UNROLL=unroll, num_warps=8) for part in parts]
+        times.append(seconds(*runs, repeats=7))
+    return min(times)
+
+
 def measure_bandwidth() -> Row:
     """Copy (read + written) and read rates in GB/s over 4 GiB of random bytes."""
     size = 1 << 30
@@ -137,9 +149,9 @@ def decode_loads() -> Iterator[tuple[str, list[int]]]:
     """Name and context lengths of every decode load."""
     for rows, context in itertools.product((1, 8, 32, 64, 128, 256, 512), (512, 1024, 2048)):
         yield f"{rows} x {context}", [context] * rows
-    generator = torch.Generator().manual_seed(0)
-    for rows in (32, 64, 128, 256, 512):
-        yield f"{rows} x 64..1984", torch.randint(64, 1985, (rows,), generator=generator).tolist()
+    yield from ((f"{rows} x 512", [512] * rows) for rows in (24, 40, 48))
+    for rows in (16, 32, 40, 64, 96, 128, 256, 512):
+        yield f"{rows} x 64..1984", torch.randint(64, 1985, (rows,), generator=torch.Generator().manual_seed(rows)).tolist()
         yield f"{rows}, one in 16 x 4096, others x 256", [4096 if row % 16 == 5 else 256 for row in range(rows)]
     yield "1 x 32768", [32768]
 
@@ -163,7 +175,9 @@ def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
 
         # As in a model: the plan is made once a step, not once a layer; it's timed as a row of its own.
         planned = plan_attention(metadata, k_cache, (None,))
-        yield row(seconds(*(partial(paged_attention, q, *cache, planned, scale, None) for cache in caches)), name)
+        time = seconds(*(partial(paged_attention, q, *cache, planned, scale, None) for cache in caches))
+        read = fastest_read(size)
+        yield row(time, name, read_us=round(read * 1e6, 1), of_read_of_this_size=round(read / time, 3))
         if not sweep or name not in DECODE_SWEEP:
             continue
         results = []
