@@ -73,7 +73,8 @@ class Frontend:
         self._info = ModelInfo.read(Path(self.options.model_path))
         self._session_len = self.options.session_len
         self._pid = os.getpid()
-        self._window = 2 * self.options.max_batch_size
+        self.max_running = self.options.max_batch_size
+        self._window = 2 * self.max_running
         self._handles = itertools.count(1)
         self._numbers = itertools.count(1)
         self._items: dict[int, Item] = {}

@@ -20,6 +20,9 @@ from headrace.errors import InvalidRequest, ModelLoadError, UnsupportedOption
 DTypeName = Literal["float32", "float16", "bfloat16"]
 DeviceName = Literal["cpu", "cuda"]
 
+# A GPU's steps are as long for 1,024 rows of one token as its reads of the weights allow; what a row more costs there is its KV.
+_MAX_RUNNING = {"cpu": 128, "cuda": 1024}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -79,7 +82,7 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
         model_path=info.path,
         tp=config.tp,
         session_len=_session_len(config.session_len, info),
-        max_batch_size=config.max_batch_size,
+        max_batch_size=config.max_batch_size or _MAX_RUNNING[device],
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks,
         max_prefill_token_num=config.max_prefill_token_num,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NotRequired, Self, TypedDict
+from typing import Any, Literal, NotRequired, Self, TypedDict
 
 from headrace.errors import InvalidRequest
 from headrace.response_format import ResponseFormat
@@ -190,8 +190,8 @@ class PytorchEngineConfig(_Wire):
     """Devices (on a CPU: processes) that share each layer; it divides the model's heads."""
     session_len: int | None = None
     """Most tokens (prompt and output) of one sequence; None: what the model's config allows."""
-    max_batch_size: int = 128
-    """Most sequences that run at once."""
+    max_batch_size: int | None = 128
+    """Most sequences that run at once; None: by device, 1,024 on a GPU and 128 on a CPU."""
     eviction_type: Literal["recompute", "copy"] = "recompute"
     """What becomes of a sequence that gives its KV blocks to others."""
     prefill_interval: int = 16
@@ -216,6 +216,11 @@ class PytorchEngineConfig(_Wire):
     """'auto': CUDA where the host has a device, else the CPU."""
     eager_mode: bool = False
     """Run without CUDA graphs."""
+
+    @classmethod
+    def for_batches(cls, data: Mapping[str, Any]) -> Self:
+        """Read the fields given for a worker or an offline job: where nothing is said of `max_batch_size`, it goes by the device."""
+        return cls.from_dict({"max_batch_size": None, **data})
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""
@@ -255,8 +260,8 @@ class TurbomindEngineConfig(_Wire):
     """Devices (on a CPU: processes) that share each layer; it divides the model's heads."""
     session_len: int | None = None
     """Most tokens (prompt and output) of one sequence; None: what the model's config allows."""
-    max_batch_size: int = 128
-    """Most sequences that run at once."""
+    max_batch_size: int | None = 128
+    """Most sequences that run at once; None: by device, 1,024 on a GPU and 128 on a CPU."""
     cache_max_entry_count: float = 0.5
     """Below 1: fraction of the memory left for the KV pool; a whole number from 1: KV blocks."""
     quant_policy: int = 0
@@ -284,7 +289,12 @@ class TurbomindEngineConfig(_Wire):
 def _check_engine_fields(config: PytorchEngineConfig | TurbomindEngineConfig) -> None:
     _check(config.model_name is None or isinstance(config.model_name, str), "model_name", config.model_name, "None or a string")
     _check(_is_int(config.tp, 1), "tp", config.tp, "a whole number from 1")
-    _check(_is_int(config.max_batch_size, 1), "max_batch_size", config.max_batch_size, "a whole number from 1")
+    _check(
+        config.max_batch_size is None or _is_int(config.max_batch_size, 1),
+        "max_batch_size",
+        config.max_batch_size,
+        "None or a whole number from 1",
+    )
     _check(
         config.session_len is None or _is_int(config.session_len, 1),
         "session_len",

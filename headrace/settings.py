@@ -35,17 +35,17 @@ class Settings:
     models: str = ""
     """Comma-separated models that the API accepts; empty: `model` alone."""
     engine_config: str = "{}"
-    """JSON object with the fields of PytorchEngineConfig for this worker."""
+    """JSON object with the fields of PytorchEngineConfig for this worker; without a `max_batch_size` it goes by the device."""
     engine_frontend: str = "engine.frontend:Frontend"
     """Which engine the worker loads, as `module:name` of a class with `worker.host.EngineFrontend`'s methods."""
     engine_stall_s: float = 900.0
     """An engine with prompts in it that made no step for so long counts as stuck: its worker hands its chunks on and ends."""
-    worker_concurrency: int = 8
-    """Chunks in flight in one worker: threads of its Celery pool."""
+    worker_concurrency: int = 32
+    """Most chunks in flight in one worker: threads of its Celery pool. It takes another while its engine has room for more prompts."""
     chunk_size: int = 64
     """Prompts in a chunk, 1..256."""
     dispatch_window: int = 64
-    """Most chunks of one model that wait in Redis or run at one time; the rest waits in SQL."""
+    """Most chunks of one model that wait in Redis or run at one time; where many run, half as many wait. The rest waits in SQL."""
     visibility_timeout_s: float = 60.0
     """After so long without a renewal, Redis delivers a chunk again."""
     lease_s: float = 30.0

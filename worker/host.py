@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AHEAD_S: Final = 2.0
+"""For so long the prompts that wait in an engine should last: a worker finds out within a second that there is room for more."""
 NOT_FINAL: Final = frozenset({RankLost.code, RequestAborted.code, ModelLoadError.code})
 """Error codes that say nothing about the prompt: its row stays open and it is computed again."""
 
@@ -51,6 +53,11 @@ class EngineFrontend(Protocol):
 
         `do_preprocess=False` continues a text as it is, without a chat template.
         """
+        ...
+
+    @property
+    def max_running(self) -> int:
+        """Prompts that it runs at once; more wait inside."""
         ...
 
     def abort(self, handle: int) -> None:
@@ -87,8 +94,8 @@ def load_frontend(settings: Settings, on_event: Callable[[Event], None]) -> Engi
     """
     module, _, name = settings.engine_frontend.partition(":")
     try:
-        config = PytorchEngineConfig.from_dict(json.loads(settings.engine_config))
-    except ValueError as error:
+        config = PytorchEngineConfig.for_batches(json.loads(settings.engine_config))
+    except (ValueError, TypeError) as error:
         raise InvalidRequest(f"HEADRACE_ENGINE_CONFIG={settings.engine_config!r}: {error}", param="engine_config") from error
     try:
         factory = getattr(importlib.import_module(module), name)
@@ -130,6 +137,28 @@ class Submission:
                 self._host.frontend.abort(handle)
 
 
+def _nobody_asks() -> None:
+    """Nobody waits for room."""
+
+
+class Pace:
+    """How fast a count grows."""
+
+    def __init__(self) -> None:
+        """Begin now, at zero."""
+        self._count = 0
+        self._at = time.monotonic()
+        self._per_s = 0.0
+
+    def per_s(self, count: int) -> float:
+        """Return by how much the count grew in each second of the last one or more, given what it is now."""
+        now = time.monotonic()
+        if now - self._at >= 1:
+            self._per_s = (count - self._count) / (now - self._at)
+            self._count, self._at = count, now
+        return self._per_s
+
+
 class EngineHost:
     """Keeps the engine and watches that it moves."""
 
@@ -147,6 +176,12 @@ class EngineHost:
         self._count_lock = threading.Lock()
         self._inside = 0
         self._done = 0
+        # Chunks whose prompts have all been submitted.
+        self._chunks = 0
+        self._pace = Pace()
+        # Called, on the engine's thread, when there is room again after `has_room` said no.
+        self.on_room: Callable[[], None] = _nobody_asks
+        self._refused: tuple[int, int] | None = None
         self._seen_done = 0
         self._seen_figures: object = None
         self._moved_at = self._asked_at = time.monotonic()
@@ -168,18 +203,46 @@ class EngineHost:
                 # The key makes a prompt that is computed a second time, after a crash, repeat its text.
                 key = f"{message.batch_id}:{index}"
                 submission.add(index, prompt, message.config_of(index), seed_key=key, is_raw=message.is_raw)
-            yield submission
+            with self._chunk_inside():
+                yield submission
         finally:
             submission.abort_rest()
+
+    @contextmanager
+    def _chunk_inside(self) -> Iterator[None]:
+        self._count(chunks=1)
+        try:
+            yield
+        finally:
+            self._count(chunks=-1)
 
     def count_done(self) -> None:
         """Note one completion, whatever became of it."""
         self._count(inside=-1, done=1)
+        refused = self._refused
+        if refused is not None and self.has_room(*refused):
+            self.on_room()
 
-    def _count(self, *, inside: int, done: int = 0) -> None:
+    def _count(self, *, inside: int = 0, done: int = 0, chunks: int = 0) -> None:
         with self._count_lock:
             self._inside += inside
             self._done += done
+            self._chunks += chunks
+
+    def has_room(self, chunks: int, chunk_size: int) -> bool:
+        """Whether the prompts of a chunk more would run soon, where this worker holds `chunks` of them.
+
+        What waits in an engine can't go to another worker that has nothing left to do; where nothing waits when a prompt ends, its slot
+        is empty until the next chunk is here. So as many wait as end in `AHEAD_S`, and a quarter of those that run, as they may all end
+        at once.
+        """
+        running = self.frontend.max_running
+        with self._count_lock:
+            coming = max(0, chunks - self._chunks) * chunk_size
+            waits = max(AHEAD_S * self._pace.per_s(self._done), running / 4)
+            has_room = self._inside + coming < running + waits
+            self._refused = None if has_room else (chunks, chunk_size)
+        return has_room
 
     @property
     def prompts_inside(self) -> int:

@@ -9,6 +9,8 @@ over    the model can't be loaded, or the engine is lost: exit status 1 and a me
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -125,6 +127,29 @@ def bring_up(settings: Settings, app: Celery, *, name: str) -> Runtime:
     return runtime
 
 
+class Doorbell:
+    """Lets any thread wake Celery's event loop, which else looks up every second or two, and has a full engine run dry meanwhile."""
+
+    def __init__(self) -> None:
+        """Make the pipe that the loop will listen to."""
+        self._inside, self._outside = os.pipe()
+        os.set_blocking(self._inside, False)
+        os.set_blocking(self._outside, False)
+
+    def hang_up(self, hub: Any) -> None:
+        """Have a loop listen, which then looks by itself whether it takes another message. Each new connection forgets who it listened to."""
+        hub.add_reader(self._inside, self._answer)
+
+    def ring(self) -> None:
+        """Wake the loop."""
+        with suppress(BlockingIOError):  # nobody has answered the rings so far
+            os.write(self._outside, b".")
+
+    def _answer(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._inside, 4096)
+
+
 class VisibilityStep(bootsteps.StartStopStep):
     """Starts the renewal of delivery times with each connection to Redis, and keeps it through the drain."""
 
@@ -137,12 +162,15 @@ class VisibilityStep(bootsteps.StartStopStep):
         self._app = consumer.app
         self._renewer = VisibilityRenewer(settings.redis_url)
         self._chore = Chore("visibility", self._renew, every_s=settings.visibility_timeout_s / 3)
+        self._doorbell = Doorbell()
         self._started = False
 
     def start(self, consumer: Any) -> None:
         """Follow the channel of a connection that has just been made."""
         self._renewer.follow(consumer.task_consumer.channel)
         self._close_gate(consumer.task_consumer.channel.qos)
+        self._doorbell.hang_up(consumer.hub)
+        runtime_of(self._app).host.on_room = self._doorbell.ring
         if not self._started:
             self._started = True
             self._chore.start()
@@ -150,7 +178,7 @@ class VisibilityStep(bootsteps.StartStopStep):
     def _close_gate(self, qos: Any) -> None:
         """Let no message in while a chunk could not be worked on: other workers may be able to."""
         has_room = qos.can_consume
-        qos.can_consume = lambda: runtime_of(self._app).takes_chunks and has_room()
+        qos.can_consume = lambda: has_room() and runtime_of(self._app).takes_chunk(held=len(celery_state.reserved_requests))
 
     def stop(self, consumer: Any) -> None:
         """Go on: chunks in flight keep their messages until they are acknowledged, while the worker drains."""

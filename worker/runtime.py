@@ -165,10 +165,14 @@ class Runtime:
             if claim not in held:
                 ledger.settle(Verdict.FENCED)
 
-    @property
-    def takes_chunks(self) -> bool:
-        """Whether another chunk makes sense now: not while the store is away, and not while it is behind with the rows of the last."""
-        return not (self.draining.is_set() or self.outage.is_on or self._spool.size)
+    def takes_chunk(self, *, held: int) -> bool:
+        """Whether another chunk makes sense now, where `held` are in flight or on their way here.
+
+        Not while the store is away, nor while it is behind with the rows of the last, nor where its prompts would only wait.
+        """
+        if self.draining.is_set() or self.outage.is_on or self._spool.size:
+            return False
+        return self.host.has_room(chunks=held, chunk_size=self.settings.chunk_size)
 
     def save_waiting(self) -> None:
         """Put answers on disk that SQL has not taken for a while. Where there is no room, nothing more is computed."""

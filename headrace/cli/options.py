@@ -111,7 +111,13 @@ def gen_config(arguments: argparse.Namespace) -> GenerationConfig:
 
 def engine_config(text: str | None) -> PytorchEngineConfig:
     """Return the config of --engine-config (or of HEADRACE_ENGINE_CONFIG)."""
-    return PytorchEngineConfig.from_dict(read_object("--engine-config", text))
+    return PytorchEngineConfig.for_batches(read_object("--engine-config", text))
+
+
+def checked_engine_fields(text: str) -> dict[str, Any]:
+    """Return the object of --engine-config as it was given, once `engine_config` takes it: a worker tells what was said from what was not."""
+    engine_config(text)
+    return read_object("--engine-config", text)
 
 
 def server_url(arguments: argparse.Namespace) -> str:

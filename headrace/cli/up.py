@@ -54,7 +54,7 @@ def stack_options(arguments: argparse.Namespace, **changes: Any) -> StackOptions
     """Return the stack that the command line and the environment describe."""
     if arguments.redis_url:
         check_redis_url(arguments.redis_url, name="--redis-url")
-    engine = None if arguments.engine_config is None else json.dumps(options.engine_config(arguments.engine_config).to_dict())
+    engine = None if arguments.engine_config is None else json.dumps(options.checked_engine_fields(arguments.engine_config))
     return StackOptions(
         settings=options.settings_of(
             model=arguments.model,

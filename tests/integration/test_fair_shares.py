@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 from service import Service
 from worker_process import wait_for
@@ -56,3 +59,23 @@ def test_batches_and_owners_have_their_shares(service: Service) -> None:
         order = recorded_at(service, light, heavy)
         both = order[: len(order) - order[::-1].index(heavy)]
         assert both.count(light) / both.count(heavy) == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_a_worker_leaves_to_others_what_its_engine_could_only_let_wait(echo_service, sqlite_url: str, tmp_path: Path) -> None:
+    service = echo_service(sqlite_url, dispatch_window=200, chunk_size=1)
+    tally = tmp_path / "tally"
+    full = {"ECHO_MAX_RUNNING": "8", "ECHO_PAUSE_S": "4", "ECHO_TALLY": str(tally)}
+    with service.worker(concurrency=32, environ=full) as worker:
+        service.ready(worker)
+        batch_id = store_batch(service, 60)
+        dispatch(service.store, service.broker, service.settings, "echo")
+        wait_for(
+            lambda: tally.exists() and tally.read_bytes().count(b"s") >= 10, timeout_s=30, what="it has work", process=worker
+        )
+        time.sleep(1)
+        assert tally.read_bytes() == b"s" * 10, "eight run, and two wait for the first slot"
+        assert service.broker.count_waiting("echo") == 50
+        with service.worker(concurrency=32) as other:
+            service.wait_over(batch_id, other)
+        service.assert_exactly_once(batch_id, 60)
+    assert tally.read_bytes().count(b"s") <= 20, "the other worker did the rest"

@@ -1,7 +1,7 @@
 """An engine that computes nothing: it answers each prompt with the prompt, after a pause. For tests of everything around an engine.
 
 `ECHO_PAUSE_S` (default 0) is the pause of each prompt; all prompts pause at the same time. `ECHO_LOAD_S`: how long it takes to load.
-`ECHO_ANSWERS`: after so many answers it ends for good. `ECHO_TALLY`: a file that gets an 's' for each prompt started and an 'a' for
+`ECHO_ANSWERS`: after so many answers it ends for good. `ECHO_MAX_RUNNING`: how many prompts it says it runs at once, though they all do. `ECHO_TALLY`: a file that gets an 's' for each prompt started and an 'a' for
 each one answered, whoever kills the process. `ECHO_DIES_ON_SIGUSR2`: when set, that signal ends it for good. A prompt that holds 'REFUSE' fails with `invalid_request`; the usage of a
 text is its number of words. An answer has at most `max_new_tokens` words of the prompt; it says 'raw' in place of 'echo' to a text that is to
 be continued without a template.
@@ -57,6 +57,8 @@ class EchoEvent(NamedTuple):
 
 class EchoFrontend:
     """Has the methods of `worker.host.EngineFrontend`."""
+
+    max_running = int(os.environ.get("ECHO_MAX_RUNNING", "1000000"))
 
     def __init__(
         self,

@@ -75,6 +75,17 @@ def test_chunks_that_are_worked_on_take_room(store: Store, broker: Broker, setti
     assert dispatch(store, broker, settings, "echo") == settings.dispatch_window - 5
 
 
+def test_many_workers_find_chunks_though_they_hold_more_than_the_window(
+    store: Store, broker: Broker, settings: Settings
+) -> None:
+    submit(store, 50)
+    for ref in store.next_chunks(model="echo", limit=20, grace_s=60):
+        assert store.claim_chunk(ref.chunk_id, worker="w", lease_s=30)
+    assert settings.dispatch_window < 20
+    assert dispatch(store, broker, settings, "echo") == 10
+    assert dispatch(store, broker, settings, "echo") == 0
+
+
 def test_a_busy_queue_does_not_fill_up_with_copies(store: Store, broker: Broker, settings: Settings) -> None:
     submit(store, 50)
     dispatch(store, broker, settings, "echo")

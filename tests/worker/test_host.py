@@ -44,6 +44,37 @@ def test_a_model_that_is_not_there() -> None:
         load_frontend(dataclasses.replace(ECHO, model="no-such-model"), lambda _: None)
 
 
+def test_a_batch_size_that_nobody_gave_goes_by_the_device() -> None:
+    for given, expected in (("{}", None), ('{"max_batch_size": 128}', 128)):
+        frontend = load_frontend(dataclasses.replace(ECHO, engine_config=given), lambda _: None)
+        assert frontend.backend_config.max_batch_size is expected  # type: ignore[attr-defined]
+        frontend.close()
+
+
+def test_room_is_for_what_runs_and_for_what_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    engine = EchoFrontend("m", pause_s=30)
+    engine.max_running = 100
+    host = EngineHost(lambda _: engine, stall_s=1e9)
+
+    def most() -> int:
+        """How many chunks of ten it takes, those that are here and those that are on their way."""
+        return next(chunks for chunks in range(1000) if not host.has_room(chunks=chunks, chunk_size=10))
+
+    assert most() == 13  # 100 run, a quarter more waits
+    host._count(inside=60, chunks=6)
+    assert most() == 6 + 7
+    for _ in range(200):  # 20 a second for 10 s
+        host._count(inside=1)
+        host.count_done()
+    clock += 10
+    assert most() == 6 + 8  # 40 end in the two seconds that the next may take to come
+    clock += 10
+    assert most() == 6 + 7
+    engine.close()
+
+
 def test_an_engine_that_makes_steps_is_not_stuck_though_nothing_ends() -> None:
     engine = EchoFrontend("m", pause_s=30)
     host = EngineHost(lambda _: engine, stall_s=0.2)

@@ -54,14 +54,14 @@ def sent(store: FailingStore, count: int) -> tuple[str, ChunkMessage]:
 def test_a_worker_whose_store_is_away_takes_no_chunk(make_runtime, store: FailingStore, engine: EchoFrontend) -> None:
     runtime = make_runtime(engine)
     batch_id, message = sent(store, 4)
-    assert runtime.takes_chunks
+    assert runtime.takes_chunk(held=0)
     store.error = StoreUnavailable
     chunk = Work(runtime, message)
-    wait_for(lambda: not runtime.takes_chunks, timeout_s=5, what="the outage is known")
+    wait_for(lambda: not runtime.takes_chunk(held=0), timeout_s=5, what="the outage is known")
     wait_for(lambda: runtime.stats()["spool_bytes"], timeout_s=5, what="the answers are on disk")
     store.error = None
     assert chunk.join().startswith("4/4 rows")
-    wait_for(lambda: runtime.takes_chunks, timeout_s=5, what="it takes chunks again")
+    wait_for(lambda: runtime.takes_chunk(held=0), timeout_s=5, what="it takes chunks again")
     assert runtime.stats()["spool_bytes"] == 0
     assert store.get_batch(batch_id).counts.completed == 4
 
