@@ -3,7 +3,7 @@
     python benchmarks/overhead.py --model DIR [--workload W1] [--scale 1] [--device cuda]
     python benchmarks/overhead.py --tokenizer DIR             # Llama-3.1-8B's shape with weights drawn on the device, this tokenizer
 
-As many prompts as the workload has, each about as long as its prompt there and with exactly its output length; texts, because that is what a
+Both with what a worker has where nothing is said of it. As many prompts as the workload has, each about as long as its prompt there and with exactly its output length; texts, because that is what a
 client sends, so tokenising and detokenising are in both figures. A real Redis, a PostgreSQL with fsync and one worker process share the
 machine with the client. An answer of another length than asked for, or a row that isn't there exactly once, ends the run without a
 figure. One JSON line, printed and appended to benchmarks/results/overhead.jsonl.
@@ -12,6 +12,7 @@ figure. One JSON line, printed and appended to benchmarks/results/overhead.jsonl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -50,7 +51,7 @@ def draw_items(workload: str, scale: float) -> list[Item]:
     jobs = draw_workload(workload, CHECKSUM_VOCABULARY)
     draw = random.Random(1024)
     items = []
-    for number, job in enumerate(jobs[: max(1, round(len(jobs) * scale))]):
+    for number, job in enumerate(itertools.islice(itertools.cycle(jobs), max(1, round(len(jobs) * scale)))):
         config = GenerationConfig(
             max_new_tokens=job.length, ignore_eos=True, temperature=1.0, top_p=0.95, top_k=40, random_seed=number
         )
@@ -94,7 +95,7 @@ def in_process(model: Path, fields: dict[str, Any], items: list[Item]) -> float:
             ended.acquire()
         return time.perf_counter() - started, counts
 
-    with pipeline(str(model), backend_config=PytorchEngineConfig(**fields)) as pipe:
+    with pipeline(str(model), backend_config=PytorchEngineConfig.for_batches(fields)) as pipe:
         run(items[:WARM])
         seconds, counts = run(items)
     check(counts, items)
@@ -117,8 +118,7 @@ def through_the_service(model: Path, fields: dict[str, Any], items: list[Item], 
         )
         service = Service(settings, folder)
         stack.callback(service.close)
-        # Every chunk may be in the engine at once, as every prompt is in the other run.
-        worker = stack.enter_context(service.worker(concurrency=-(-len(items) // chunk_size) + 2))
+        worker = stack.enter_context(service.worker(concurrency=settings.worker_concurrency))
         service.ready(worker, timeout_s=300)
         service.wait_over(service.submit(items[:WARM]), worker, timeout_s=300)
         started = time.perf_counter()
@@ -137,16 +137,19 @@ def main() -> None:
     which.add_argument("--model", help="a directory or an id")
     which.add_argument("--tokenizer", type=Path, help="a directory with tokenizer.json")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="W1")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the workload's prompts to run")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the workload's prompts to run; above 1 some of them again"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--max-batch-size", type=int, default=1024)
+    parser.add_argument("--max-batch-size", type=int, help="default: by device")
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "overhead.jsonl")
     parser.add_argument("--commit", help="where there is no git to ask")
     arguments = parser.parse_args()
     items = draw_items(arguments.workload, arguments.scale)
-    fields = {"device": arguments.device, "max_batch_size": arguments.max_batch_size, "session_len": 2048}
-    fields |= {"enable_prefix_caching": False}
+    fields = {"device": arguments.device, "session_len": 2048, "enable_prefix_caching": False}
+    if arguments.max_batch_size:
+        fields["max_batch_size"] = arguments.max_batch_size
     with tempfile.TemporaryDirectory() as name:
         model = save_model(Path(name), arguments.tokenizer) if arguments.tokenizer else locate_model(arguments.model)
         alone = in_process(model, fields, items)

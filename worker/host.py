@@ -199,14 +199,24 @@ class EngineHost:
             for index, prompt in prompts:
                 if ledger.verdict is not None:
                     break
-                self._count(inside=1)
                 # The key makes a prompt that is computed a second time, after a crash, repeat its text.
                 key = f"{message.batch_id}:{index}"
-                submission.add(index, prompt, message.config_of(index), seed_key=key, is_raw=message.is_raw)
+                with self._prompt_inside():
+                    submission.add(index, prompt, message.config_of(index), seed_key=key, is_raw=message.is_raw)
             with self._chunk_inside():
                 yield submission
         finally:
             submission.abort_rest()
+
+    @contextmanager
+    def _prompt_inside(self) -> Iterator[None]:
+        """Count a prompt, from before it can be done; one that the engine doesn't take is none, or there would be less room for ever."""
+        self._count(inside=1)
+        try:
+            yield
+        except BaseException:
+            self._count(inside=-1)
+            raise
 
     @contextmanager
     def _chunk_inside(self) -> Iterator[None]:

@@ -138,7 +138,8 @@ class Doorbell:
 
     def hang_up(self, hub: Any) -> None:
         """Have a loop listen, which then looks by itself whether it takes another message. Each new connection forgets who it listened to."""
-        hub.add_reader(self._inside, self._answer)
+        if hub is not None:  # Celery has no event loop on Windows
+            hub.add_reader(self._inside, self._answer)
 
     def ring(self) -> None:
         """Wake the loop."""
