@@ -3,7 +3,7 @@
 Redis carries work, SQL carries truth: whatever is lost here is sent again by `dispatch`, and whatever arrives twice is refused by
 the claim on its chunk. What is in Redis, under the prefix `headrace:`:
 
-    generate.<model>     list of chunk messages that wait; at most `dispatch_window` for each model, or half as many as are worked on
+    generate.<model>     list of chunk messages that wait; at most `dispatch_window` for each model, or a quarter as many as are worked on
     unacked              hash of delivery tag to message: delivered to a worker, not acknowledged yet
     unacked_index        sorted set of delivery tag by time of delivery, which the worker renews while it works on the chunk
 
@@ -189,8 +189,8 @@ def dispatch(store: Store, broker: Broker, settings: Settings, model: str) -> in
     waiting = broker.count_waiting(model)
     working = store.count_in_flight(model=model, grace_s=0)
     sent = _send_lost(store, broker, settings, model, waiting=waiting, working=working)
-    # At least half as many wait as run: however many workers there are, none comes for a chunk and finds nothing.
-    room = max(settings.dispatch_window - working, working // 2) - waiting - sent
+    # At least a quarter as many wait as run: however many workers there are, none comes for a chunk and finds nothing.
+    room = max(settings.dispatch_window - working, working // 4) - waiting - sent
     return sent + _send(store, broker, model, limit=room, grace_s=_NEVER_S)
 
 

@@ -45,7 +45,7 @@ class Settings:
     chunk_size: int = 64
     """Prompts in a chunk, 1..256."""
     dispatch_window: int = 64
-    """Most chunks of one model that wait in Redis or run at one time; where many run, half as many wait. The rest waits in SQL."""
+    """Most chunks of one model that wait in Redis or run at one time; where many run, a quarter as many wait. The rest waits in SQL."""
     visibility_timeout_s: float = 60.0
     """After so long without a renewal, Redis delivers a chunk again."""
     lease_s: float = 30.0

@@ -82,7 +82,7 @@ def test_many_workers_find_chunks_though_they_hold_more_than_the_window(
     for ref in store.next_chunks(model="echo", limit=20, grace_s=60):
         assert store.claim_chunk(ref.chunk_id, worker="w", lease_s=30)
     assert settings.dispatch_window < 20
-    assert dispatch(store, broker, settings, "echo") == 10
+    assert dispatch(store, broker, settings, "echo") == 5
     assert dispatch(store, broker, settings, "echo") == 0
 
 
