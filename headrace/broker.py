@@ -86,6 +86,8 @@ def make_celery(settings: Settings) -> Celery:
         worker_prefetch_multiplier=1,
         worker_concurrency=settings.worker_concurrency,
         worker_hijack_root_logger=False,
+        # Each thread of a worker tells its progress now and then, and waits where it finds no connection.
+        broker_pool_limit=settings.worker_concurrency + 8,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         task_publish_retry=True,

@@ -40,7 +40,7 @@ class Settings:
     """Which engine the worker loads, as `module:name` of a class with `worker.host.EngineFrontend`'s methods."""
     engine_stall_s: float = 900.0
     """An engine with prompts in it that made no step for so long counts as stuck: its worker hands its chunks on and ends."""
-    worker_concurrency: int = 32
+    worker_concurrency: int = 64
     """Most chunks in flight in one worker: threads of its Celery pool. It takes another while its engine has room for more prompts."""
     chunk_size: int = 64
     """Prompts in a chunk, 1..256."""

@@ -12,7 +12,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -103,6 +104,12 @@ def load_frontend(settings: Settings, on_event: Callable[[Event], None]) -> Engi
         message = f"HEADRACE_ENGINE_FRONTEND={settings.engine_frontend!r} names no class as module:name ({error})"
         raise InvalidRequest(message, param="engine_frontend") from error
     frontend: EngineFrontend = factory(settings.model, backend_config=config, on_event=on_event)
+    if not isinstance(getattr(frontend, "max_running", None), int):
+        frontend.close()
+        message = (
+            f"HEADRACE_ENGINE_FRONTEND={settings.engine_frontend!r}: its `max_running` must say how many prompts run at once"
+        )
+        raise InvalidRequest(message, param="engine_frontend")
     return frontend
 
 
@@ -113,17 +120,19 @@ class Submission:
         self._host = host
         self._ledger = ledger
         self._handles: dict[int, int] = {}
+        self._weights: dict[int, int] = {}
         self._done: set[int] = set()
 
     def add(self, index: int, prompt: Prompt, config: GenerationConfig, *, seed_key: str, is_raw: bool = False) -> None:
         """Submit one prompt; its completion goes to the ledger."""
+        self._weights[index] = config.n
         self._handles[index] = self._host.frontend.submit(
             prompt, config, self._take, index=index, do_preprocess=not is_raw, seed_key=seed_key
         )
 
     def _take(self, completion: Completion) -> None:
         self._done.add(completion.index)
-        self._host.count_done()
+        self._host.count_done(self._weights[completion.index])
         error = completion.error
         if error is not None and (error.code in NOT_FINAL or self._host.given_up is not None):
             self._ledger.settle(Verdict.ENGINE_LOST)
@@ -160,7 +169,7 @@ class Pace:
 
 
 class EngineHost:
-    """Keeps the engine and watches that it moves."""
+    """Keeps the engine and watches that it moves, and how much more it can use."""
 
     # Set once by `load`, or by the constructor's caller.
     frontend: EngineFrontend
@@ -174,14 +183,17 @@ class EngineHost:
         self.given_up: str | None = None
         self._stall_s = stall_s
         self._count_lock = threading.Lock()
+        # Prompts, and the sequences that they are to become (`n` of each); prompts that are done.
         self._inside = 0
+        self._sequences = 0
         self._done = 0
-        # Chunks whose prompts have all been submitted.
-        self._chunks = 0
         self._pace = Pace()
+        # What the engine said of itself, lately: (running, waiting).
+        self._seen: deque[tuple[int, int]] = deque(maxlen=2)
         # Called, on the engine's thread, when there is room again after `has_room` said no.
         self.on_room: Callable[[], None] = _nobody_asks
-        self._refused: tuple[int, int] | None = None
+        # What was coming then.
+        self._refused: int | None = None
         self._seen_done = 0
         self._seen_figures: object = None
         self._moved_at = self._asked_at = time.monotonic()
@@ -192,67 +204,67 @@ class EngineHost:
             self.given_up = event.message
 
     @contextmanager
-    def submit(self, prompts: Iterable[tuple[int, Prompt]], message: ChunkMessage, ledger: Ledger) -> Iterator[Submission]:
+    def submit(self, prompts: Sequence[tuple[int, Prompt]], message: ChunkMessage, ledger: Ledger) -> Iterator[Submission]:
         """Submit (index, prompt) pairs of a chunk; whatever ends the block, nothing of it stays behind in the engine."""
         submission = Submission(self, ledger)
+        configs = [message.config_of(index) for index, _ in prompts]
+        # All of them at once, before the first is done: they take room from now on.
+        sent, wide = 0, [config.n for config in configs]
+        self._count(inside=len(prompts), sequences=sum(wide))
         try:
-            for index, prompt in prompts:
+            for (index, prompt), config in zip(prompts, configs, strict=True):
                 if ledger.verdict is not None:
                     break
                 # The key makes a prompt that is computed a second time, after a crash, repeat its text.
                 key = f"{message.batch_id}:{index}"
-                with self._prompt_inside():
-                    submission.add(index, prompt, message.config_of(index), seed_key=key, is_raw=message.is_raw)
-            with self._chunk_inside():
-                yield submission
+                submission.add(index, prompt, config, seed_key=key, is_raw=message.is_raw)
+                sent += 1
+            yield submission
         finally:
+            self._count(inside=sent - len(prompts), sequences=-sum(wide[sent:]))
             submission.abort_rest()
 
-    @contextmanager
-    def _prompt_inside(self) -> Iterator[None]:
-        """Count a prompt, from before it can be done; one that the engine doesn't take is none, or there would be less room for ever."""
-        self._count(inside=1)
-        try:
-            yield
-        except BaseException:
-            self._count(inside=-1)
-            raise
-
-    @contextmanager
-    def _chunk_inside(self) -> Iterator[None]:
-        self._count(chunks=1)
-        try:
-            yield
-        finally:
-            self._count(chunks=-1)
-
-    def count_done(self) -> None:
+    def count_done(self, sequences: int = 1) -> None:
         """Note one completion, whatever became of it."""
-        self._count(inside=-1, done=1)
+        self._count(inside=-1, sequences=-sequences, done=sequences)
         refused = self._refused
-        if refused is not None and self.has_room(*refused):
+        if refused is not None and self.has_room(coming=refused):
             self.on_room()
 
-    def _count(self, *, inside: int = 0, done: int = 0, chunks: int = 0) -> None:
+    def _count(self, *, inside: int, sequences: int, done: int = 0) -> None:
         with self._count_lock:
             self._inside += inside
+            self._sequences += sequences
             self._done += done
-            self._chunks += chunks
 
-    def has_room(self, chunks: int, chunk_size: int) -> bool:
-        """Whether the prompts of a chunk more would run soon, where this worker holds `chunks` of them.
+    def has_room(self, *, coming: int) -> bool:
+        """Whether the prompts of a chunk more would run soon, where `coming` of others are on their way here.
 
         What waits in an engine can't go to another worker that has nothing left to do; where nothing waits when a prompt ends, its slot
         is empty until the next chunk is here. So as many wait as end in `AHEAD_S`, and a quarter of those that run, as they may all end
-        at once.
+        at once; but never more than run, as all that ended at once would else look like a fast engine.
         """
-        running = self.frontend.max_running
+        runs = self._runs()
         with self._count_lock:
-            coming = max(0, chunks - self._chunks) * chunk_size
-            waits = max(AHEAD_S * self._pace.per_s(self._done), running / 4)
-            has_room = self._inside + coming < running + waits
-            self._refused = None if has_room else (chunks, chunk_size)
+            waits = min(runs, max(AHEAD_S * self._pace.per_s(self._done), runs / 4))
+            has_room = self._sequences + coming < runs + waits
+            self._refused = None if has_room else coming
         return has_room
+
+    def _runs(self) -> int:
+        """Return how many sequences can run: fewer than there are slots for where some wait all the same, for KV blocks."""
+        most = self.frontend.max_running
+        seen = list(self._seen)
+        if len(seen) == 2 and all(waiting for _, waiting in seen):
+            return max(1, min(most, max(running for running, _ in seen)))
+        return most
+
+    def stats(self) -> dict[str, Any]:
+        """Ask the engine for its figures. Called every few seconds, which is how the host knows how many prompts can run."""
+        figures = dict(self.frontend.stats())
+        if "running" in figures and "waiting" in figures:
+            self._seen.append((int(figures["running"]), int(figures["waiting"])))
+        return figures
 
     @property
     def prompts_inside(self) -> int:

@@ -110,7 +110,8 @@ class EngineStep(bootsteps.StartStopStep):
 def bring_up(settings: Settings, app: Celery, *, name: str) -> Runtime:
     """Open the store, load the model and start the threads. Raise the `HeadraceError` that makes it impossible."""
     arm(settings.crash_at)
-    store = Store(settings.database_url)
+    # Many threads that mostly wait: with a connection for each, four workers would take all hundred that PostgreSQL gives.
+    store = Store(settings.database_url, pool_size=10)
     outage = Outage()
     outage.ride_out(store.check_schema, what="the start of this worker")
     salvage(store, settings.spool_dir, outage)

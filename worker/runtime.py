@@ -117,6 +117,9 @@ class Runtime:
         """Set: leases are renewed no more."""
         self._has_told_spool_full = False
         self._chunks = 0
+        # Those of them whose prompts the engine's host counts; how many the last one had, which is what others are taken to have.
+        self._known = 0
+        self._chunk_size = settings.chunk_size
         self._chunks_changed = threading.Condition()
         self._chunks_done = 0
         self._refilling = threading.Lock()
@@ -139,15 +142,25 @@ class Runtime:
         self._listener.start()
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Count one chunk as being worked on."""
+    def working(self) -> Iterator[Callable[[int], None]]:
+        """Count one chunk as being worked on. What this yields is called once it is known how many prompts it has."""
+        known = 0
+
+        def tell(prompts: int) -> None:
+            nonlocal known
+            known = 1
+            with self._chunks_changed:
+                self._known += 1
+                self._chunk_size = prompts
+
         with self._chunks_changed:
             self._chunks += 1
         try:
-            yield
+            yield tell
         finally:
             with self._chunks_changed:
                 self._chunks -= 1
+                self._known -= known
                 self._chunks_done += 1
                 self._chunks_changed.notify_all()
 
@@ -172,7 +185,7 @@ class Runtime:
         """
         if self.draining.is_set() or self.outage.is_on or self._spool.size:
             return False
-        return self.host.has_room(chunks=held, chunk_size=self.settings.chunk_size)
+        return self.host.has_room(coming=max(0, held - self._known) * self._chunk_size)
 
     def save_waiting(self) -> None:
         """Put answers on disk that SQL has not taken for a while. Where there is no room, nothing more is computed."""
@@ -223,7 +236,7 @@ class Runtime:
             "rows_waiting": self.recorder.rows_waiting,
             "spool_bytes": self._spool.size,
             "prompts_in_engine": self.host.prompts_inside,
-            "engine": dict(self.host.frontend.stats()),
+            "engine": self.host.stats(),
         }
 
     def beat(self) -> None:

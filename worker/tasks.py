@@ -66,17 +66,18 @@ def _report(task: Any, line: str) -> None:
 
 def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:
     """Answer what SQL lacks of one chunk and return a line about it; when this returns, the message is acknowledged."""
-    with work.working():
+    with work.working() as tell:
         claim = _claim(work, message)
         if claim is None:
             return _skip(message)
         crash_point("after_claim")
         prompts = _pending(work, claim, message)
+        tell(len(prompts))
         with work.recorder.open(claim, owed=len(prompts)) as ledger:
             with work.host.submit(prompts, message, ledger):
                 verdict = _follow(ledger, report)
             _close(work, ledger, verdict)
-    work.refill()
+        work.refill()
     return _sum_up(ledger, verdict)
 
 

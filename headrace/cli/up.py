@@ -46,7 +46,7 @@ def add_stack_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--worker-concurrency",
         type=options.positive,
-        help="chunks in flight in the worker (default: HEADRACE_WORKER_CONCURRENCY)",
+        help="most chunks in flight in the worker (default: HEADRACE_WORKER_CONCURRENCY)",
     )
 
 

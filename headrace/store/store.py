@@ -41,9 +41,9 @@ def _never() -> bool:
 class Store:
     """Batches, chunks and completions in SQLite or PostgreSQL."""
 
-    def __init__(self, url: str, *, create: bool = False) -> None:
-        """Open `sqlite:///PATH` or `postgresql+psycopg://…`; `create` also brings the schema up to date."""
-        self._database = Database(url)
+    def __init__(self, url: str, *, create: bool = False, pool_size: int = 20) -> None:
+        """Open `sqlite:///PATH` or `postgresql+psycopg://…`; `create` brings the schema up to date; `pool_size`: connections kept."""
+        self._database = Database(url, pool_size=pool_size)
         self.keys = Keys(self._database)
         self.files = Files(self._database)
         self.ingests = Ingests(self._database)

@@ -65,6 +65,15 @@ def test_every_pytorch_field_arrives(tiny_model_dir: Path) -> None:
         assert getattr(options, renamed.get(name, name)) == value, name
 
 
+@pytest.mark.parametrize("kind", [PytorchEngineConfig, TurbomindEngineConfig])
+def test_a_batch_size_of_none_goes_by_the_device(tiny_model_dir: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve(str(tiny_model_dir), kind(max_batch_size=None)).max_batch_size == 128
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve(str(tiny_model_dir), kind(max_batch_size=None)).max_batch_size == 1024
+    assert resolve(str(tiny_model_dir), kind()).max_batch_size == 128, "the document's"
+
+
 def test_turbomind_fields_arrive(tiny_model_dir: Path) -> None:
     config = TurbomindEngineConfig(
         model_name="chatml", model_format="hf", tp=2, session_len=100, max_batch_size=3, cache_max_entry_count=0.3
