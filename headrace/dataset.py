@@ -79,7 +79,8 @@ def parse_json(text: bytes, *, is_first: bool) -> Any:
     if is_first:  # editors and spreadsheets mark a file as UTF-8 so; it is no part of its first row
         text = text.removeprefix(codecs.BOM_UTF8)
     try:
-        return json.loads(text.decode("utf-8"))
+        # Without its end: what breaks off there would be said to do so in column 1, of the next line.
+        return json.loads(text.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the row is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:

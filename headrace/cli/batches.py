@@ -140,14 +140,22 @@ def _typed(prompts: Sequence[str]) -> Iterator[Row]:
 
 
 def refuse_bad_rows(rows: Iterable[Row]) -> None:
-    """Raise `InvalidRequest` naming the first lines that are no prompts: a server would refuse the whole body for them."""
-    bad = [row for row in rows if isinstance(row.prompt, CompletionError)]
-    if bad:
-        named = "; ".join(
-            f"line {row.line}: {row.prompt.message}" for row in bad[:MAX_SHOWN] if isinstance(row.prompt, CompletionError)
-        )
-        more = f"; and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
+    """Raise `InvalidRequest` for lines that are no prompts, each reason once: a server would refuse the whole body for them."""
+    lines: dict[str, list[int]] = {}
+    for row in rows:
+        if isinstance(row.prompt, CompletionError):
+            lines.setdefault(row.prompt.message, []).append(row.line)
+    if lines:
+        named = "; ".join(f"{_lines(numbers)}: {reason}" for reason, numbers in list(lines.items())[:MAX_SHOWN])
+        more = f"; and {len(lines) - MAX_SHOWN} other reasons" if len(lines) > MAX_SHOWN else ""
         raise InvalidRequest(f"nothing was sent, because of {named}{more}", param="input")
+
+
+def _lines(numbers: Sequence[int]) -> str:
+    """Return `line 2`, or `lines 2, 3, 4 and 97 more`."""
+    shown = ", ".join(str(number) for number in numbers[:MAX_SHOWN])
+    more = f" and {len(numbers) - MAX_SHOWN} more" if len(numbers) > MAX_SHOWN else ""
+    return f"line{'s' if len(numbers) > 1 else ''} {shown}{more}"
 
 
 def run_status(arguments: argparse.Namespace) -> int:

@@ -139,6 +139,16 @@ def test_errors_are_one_line_with_the_remedy(
     assert error.startswith(f"headrace {arguments[0]}: ")
 
 
+def test_lines_that_are_wrong_in_one_way_are_named_together(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ['{"prompt": "x", "gen_config": {"n": 2}}'] * 7
+    Path("in.jsonl").write_text("\n".join(['"good"', *own[:3], "broken", *own[3:]]))
+    assert main(["submit", "in.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert "because of lines 2, 3, 4, 6, 7 and 2 more: gen_config can't differ" in error
+    assert "; line 5: the row is not JSON" in error
+    assert error.count("gen_config can't differ") == 1
+
+
 def test_a_setting_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HEADRACE_MODLE", "x")
     (Path.cwd() / "in.jsonl").write_text('"x"\n')
@@ -371,7 +381,13 @@ def test_a_client_finds_the_stack_on_its_state_directory(tmp_path: Path) -> None
 def test_bad_rows_are_named_before_anything_is_sent(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(["bad"] * 7 + ['"good"']))
-    with pytest.raises(InvalidRequest, match=r"line 1: .*line 5: .*and 2 more"):
+    with pytest.raises(
+        InvalidRequest, match=r"because of lines 1, 2, 3, 4, 5 and 2 more: the row is not JSON \(column 1: [^;]*\)$"
+    ):
+        refuse_bad_rows(read_rows(path))
+    # Each breaks off at another column.
+    path.write_text("\n".join("[" + "1" * number for number in range(1, 8)))
+    with pytest.raises(InvalidRequest, match=r"because of line 1: .*; line 5: [^;]*; and 2 other reasons$"):
         refuse_bad_rows(read_rows(path))
 
 
