@@ -3,9 +3,9 @@
     python benchmarks/overhead.py --model DIR [--workload W1] [--scale 1] [--device cuda]
     python benchmarks/overhead.py --tokenizer DIR             # Llama-3.1-8B's shape with weights drawn on the device, this tokenizer
 
-Both with what a worker has where nothing is said of it. As many prompts as the workload has, each about as long as its prompt there and with exactly its output length; texts, because that is what a
-client sends, so tokenising and detokenising are in both figures. A real Redis, a PostgreSQL with fsync and one worker process share the
-machine with the client. An answer of another length than asked for, or a row that isn't there exactly once, ends the run without a
+Both with what a worker has where nothing is said of it. As many prompts as the workload has, each about as long as its prompt there and
+with exactly its output length; texts, because that is what a client sends, so tokenising and detokenising are in both figures. A real
+Redis, a PostgreSQL with fsync and one worker process share the machine with the client. An answer of another length than asked for, or a row that isn't there exactly once, ends the run without a
 figure. One JSON line, printed and appended to benchmarks/results/overhead.jsonl.
 """
 

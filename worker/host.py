@@ -238,7 +238,7 @@ class EngineHost:
             self._done += done
 
     def has_room(self, *, coming: int) -> bool:
-        """Whether the prompts of a chunk more would run soon, where `coming` of others are on their way here.
+        """Whether the prompts of a chunk more would run soon, where `coming` sequences of others are on their way here.
 
         What waits in an engine can't go to another worker that has nothing left to do; where nothing waits when a prompt ends, its slot
         is empty until the next chunk is here. So as many wait as end in `AHEAD_S`, and a quarter of those that run, as they may all end

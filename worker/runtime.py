@@ -34,7 +34,7 @@ from worker.spool import Spool, SpoolFull
 
 if TYPE_CHECKING:
     from headrace.settings import Settings
-    from headrace.store import Store
+    from headrace.store import ChunkMessage, Store
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,9 @@ class Runtime:
         """Set: leases are renewed no more."""
         self._has_told_spool_full = False
         self._chunks = 0
-        # Those of them whose prompts the engine's host counts; how many the last one had, which is what others are taken to have.
+        # Those of them whose prompts the engine's host counts; the sequences of the last one, which is what others are taken to have.
         self._known = 0
-        self._chunk_size = settings.chunk_size
+        self._chunk_width = settings.chunk_size
         self._chunks_changed = threading.Condition()
         self._chunks_done = 0
         self._refilling = threading.Lock()
@@ -142,16 +142,18 @@ class Runtime:
         self._listener.start()
 
     @contextmanager
-    def working(self) -> Iterator[Callable[[int], None]]:
-        """Count one chunk as being worked on. What this yields is called once it is known how many prompts it has."""
+    def working(self) -> Iterator[Callable[[ChunkMessage], None]]:
+        """Count one chunk as being worked on. What this yields is called with its message just before the engine's host counts its prompts."""
         known = 0
 
-        def tell(prompts: int) -> None:
+        def tell(message: ChunkMessage) -> None:
             nonlocal known
             known = 1
+            # Of the whole chunk, not of what is left of it: after a crash that may be nothing, and nothing would be taken to come.
+            width = sum(message.config_of(index).n for index in range(message.start, message.stop))
             with self._chunks_changed:
                 self._known += 1
-                self._chunk_size = prompts
+                self._chunk_width = width
 
         with self._chunks_changed:
             self._chunks += 1
@@ -185,7 +187,7 @@ class Runtime:
         """
         if self.draining.is_set() or self.outage.is_on or self._spool.size:
             return False
-        return self.host.has_room(coming=max(0, held - self._known) * self._chunk_size)
+        return self.host.has_room(coming=max(0, held - self._known) * self._chunk_width)
 
     def save_waiting(self) -> None:
         """Put answers on disk that SQL has not taken for a while. Where there is no room, nothing more is computed."""

@@ -72,7 +72,7 @@ def generate_chunk(work: Runtime, message: ChunkMessage, report: Report) -> str:
             return _skip(message)
         crash_point("after_claim")
         prompts = _pending(work, claim, message)
-        tell(len(prompts))
+        tell(message)
         with work.recorder.open(claim, owed=len(prompts)) as ledger:
             with work.host.submit(prompts, message, ledger):
                 verdict = _follow(ledger, report)

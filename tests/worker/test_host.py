@@ -56,7 +56,7 @@ def test_a_model_that_is_not_there() -> None:
 def test_a_batch_size_that_nobody_gave_goes_by_the_device() -> None:
     for given, expected in (("{}", None), ('{"max_batch_size": 128}', 128)):
         frontend = load_frontend(dataclasses.replace(ECHO, engine_config=given), lambda _: None)
-        assert frontend.backend_config.max_batch_size is expected  # type: ignore[attr-defined]
+        assert frontend.backend_config.max_batch_size is expected  # type: ignore[attr-defined]  # the echo engine keeps it
         frontend.close()
 
 
@@ -98,7 +98,7 @@ def test_room_is_for_what_the_kv_pool_lets_run() -> None:
     engine.max_running = 100
     host = EngineHost(lambda _: engine, stall_s=1e9)
     figures = {"running": 100, "waiting": 0}
-    engine.stats = lambda: figures  # type: ignore[method-assign]
+    engine.stats = lambda: figures  # type: ignore[method-assign]  # figures of a moment, one after the other
     for running, waiting, room in ((20, 5, 125), (24, 5, 30), (16, 5, 30), (16, 0, 125), (16, 9, 125), (0, 9, 20)):
         figures = {"running": running, "waiting": waiting}
         assert host.stats() == figures
@@ -136,11 +136,11 @@ def test_a_prompt_that_the_engine_does_not_take_takes_no_room() -> None:
             raise EngineError
         return took(prompt, *args, **kwargs)
 
-    with host.submit(prompts, message, ledger):  # type: ignore[arg-type]
+    with host.submit(prompts, message, ledger):  # type: ignore[arg-type]  # what it uses of both, and no database
         assert (host.prompts_inside, host._sequences) == (3, 6)
     assert (host.prompts_inside, host._sequences) == (0, 0), "what was inside was given up"
-    engine.submit = submit  # type: ignore[method-assign,assignment]
-    with pytest.raises(EngineError), host.submit(prompts, message, ledger):  # type: ignore[arg-type]
+    engine.submit = submit  # type: ignore[method-assign,assignment]  # the engine takes no second prompt
+    with pytest.raises(EngineError), host.submit(prompts, message, ledger):  # type: ignore[arg-type]  # as above
         pass
     assert (host.prompts_inside, host._sequences) == (0, 0)
     engine.close()

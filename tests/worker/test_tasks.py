@@ -255,3 +255,18 @@ def test_the_worker_is_on_the_list_while_it_lives(make_runtime, store: Store, en
     runtime.drain(0)
     runtime.close()
     assert store.list_workers() == []
+
+
+def test_chunks_on_their_way_are_taken_to_be_as_wide_as_the_last_one_whatever_was_left_of_it(
+    make_runtime, store: Store, engine: EchoFrontend
+) -> None:
+    runtime = make_runtime(engine)
+    engine.max_running = 100
+    store.create_batch([f"p{number}" for number in range(10)], GenerationConfig(n=2), model="echo")
+    [ref] = store.next_chunks(model="echo", limit=9, grace_s=60)
+    message = store.chunk_message(ref)
+    with runtime.working() as tell:
+        tell(message)
+        # All its answers are there already, so that it takes no room itself; each other brings ten prompts of two choices.
+        assert runtime.takes_chunk(held=7)
+        assert not runtime.takes_chunk(held=8)
