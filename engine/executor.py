@@ -35,6 +35,7 @@ from engine.parallel import (
 from engine.plan import RunningStep, StepPlan
 from engine.plan_channel import PlanReceiver, PlanSender, lost_rank
 from engine.profile import StepProfile, profile_steps
+from engine.row_shares import RowShares
 from engine.runner import Forward, Runner
 from engine.sampler import Sampler
 from engine.scorer import Scorer
@@ -99,6 +100,7 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         table=table,
         sampler=Sampler(num_slots=slots, vocab_size=vocab_size, device=device, automata=automata),
         scorer=Scorer(num_slots=slots, vocab_size=vocab_size),
+        shares=RowShares(group, device=device),
     )
     log.info(
         "model loaded; the engine takes requests now",

@@ -38,6 +38,10 @@ class ParallelGroup(Protocol):
         """Put the ranks' equally wide [R, C] side by side: [R, size · C]."""
         ...
 
+    def all_gather_words(self, words_RC: Tensor) -> Tensor:
+        """Put the ranks' equally wide int32 [R, C] side by side, where they are few: [R, size · C]."""
+        ...
+
     def smallest(self, value: int) -> int:
         """Give the smallest `value` of all ranks. For setting up: it waits for the device."""
         ...
@@ -65,6 +69,10 @@ class SingleRank:
     def all_gather_columns(self, x_RC: Tensor) -> Tensor:
         """Return `x_RC`."""
         return x_RC
+
+    def all_gather_words(self, words_RC: Tensor) -> Tensor:
+        """Return `words_RC`."""
+        return words_RC
 
     def smallest(self, value: int) -> int:
         """Return `value`."""
@@ -131,6 +139,10 @@ class DistributedGroup:
         parts_GRC = torch.empty((self.size, *x_RC.shape), dtype=x_RC.dtype, device=x_RC.device)
         dist.all_gather(list(parts_GRC.unbind(0)), x_RC.contiguous())
         return parts_GRC.transpose(0, 1).reshape(x_RC.shape[0], -1)
+
+    def all_gather_words(self, words_RC: Tensor) -> Tensor:
+        """Put the ranks' words side by side."""
+        return self.all_gather_columns(words_RC) if self.sums is None else self.sums.gather_words(words_RC)
 
     def smallest(self, value: int) -> int:
         """Give the smallest value of all ranks."""

@@ -132,9 +132,16 @@ class PeerSums:
             return None
         return self._memory.part(_GATHER, rows, columns, self._dtype)
 
-    def gather_columns(self, rows: int, columns: int) -> Tensor:
-        """Put the ranks' columns side by side."""
-        return all_reduce.gather_columns(self._regions[_GATHER], rows, columns)
+    def gather_columns(self, rows: int, columns: int, mine: slice | None = None) -> Tensor:
+        """Put the ranks' columns side by side; of this rank's rows alone where `mine` says which they are."""
+        return all_reduce.gather_columns(self._regions[_GATHER], rows, columns, mine)
+
+    def gather_words(self, words_RC: Tensor) -> Tensor:
+        """Put the ranks' few int32 [R, C] side by side."""
+        # In the same region: whoever gathers from it has met the others again before it may be written.
+        rows, columns = words_RC.shape
+        self._memory.part(_GATHER, rows, columns, torch.int32).copy_(words_RC)
+        return all_reduce.gather_columns(self._memory.peers(_GATHER, torch.int32), rows, columns)
 
     def choose_ways(self, most_rows: int, *, path: Path | None = None) -> None:
         """Settle which way serves how many rows up to `most_rows`; time them first if nobody has on such a machine."""

@@ -7,7 +7,7 @@ Knows nothing of requests beyond their slot, and nothing of scheduling.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.models.decoder import LayerCache, StepInputs
 from engine.plan import RunningStep, StepOutput, StepPlan
+from engine.row_shares import RowShares
 from engine.sampler import Sampled, Sampler
 from engine.scorer import Scorer, Scores, read_scores
 from engine.state_table import SampledRows, StateTable, upload
@@ -24,8 +25,14 @@ from kernels.blocks import copy_blocks
 
 Forward = Callable[[StepInputs, Sequence[LayerCache]], Tensor]
 """Writes the step's keys and values into the caches and gives what the head reads: hidden states [R, D] of the positions asked for."""
-Head = Callable[[Tensor], Tensor]
-"""Makes logits [R, V] of them, in the model's type."""
+
+
+class Head(Protocol):
+    """Makes logits [R, V] of them, in the model's type; of the rows `mine` alone where it is given, on each rank of others."""
+
+    def __call__(self, x_RD: Tensor, mine: slice | None = None) -> Tensor:
+        """Give the logits."""
+        ...
 
 
 class _Unsampled(NamedTuple):
@@ -48,6 +55,7 @@ class Runner:
         table: StateTable,
         sampler: Sampler,
         scorer: Scorer,
+        shares: RowShares,
     ) -> None:
         """Take the parts; the runner owns the table and the sampler from here on."""
         self._forward = forward
@@ -56,6 +64,7 @@ class Runner:
         self._caches = caches
         self._table = table
         self._sampler = sampler
+        self._shares = shares
         self._unsampled: _Unsampled | None = None
 
     @torch.inference_mode()
@@ -78,8 +87,11 @@ class Runner:
             hidden_RD = hidden_RD[count:]
         if not len(rows.slots):
             return running
-        logits_QV = self._head(hidden_RD)
-        if self._sampler.waits_for_masks(rows):
+        mine = self._shares.mine(len(rows.slots)) if self._sampler.may_be_shared(rows) else None
+        logits_QV = self._head(hidden_RD, mine)
+        if mine is not None:
+            self._sample_share(logits_QV, rows, mine, running)
+        elif self._sampler.waits_for_masks(rows):
             self._unsampled = _Unsampled(logits_QV, rows, running)
         else:
             self._sample(logits_QV, rows, running)
@@ -103,6 +115,11 @@ class Runner:
         if sampled.held:
             self._sampler.advance(stored_2Q, rows)
         running.start(stored_2Q, sampled)
+
+    def _sample_share(self, logits_qV: Tensor, rows: SampledRows, mine: slice, running: _Launched) -> None:
+        sampled = self._sampler.sample(logits_qV, rows.some(mine), self._table.token_ids_SL)
+        tokens_Q, best_Q = self._shares.tell(sampled.tokens_Q, sampled.best_Q, rows=len(rows.slots))
+        running.start(self._table.store(rows, tokens_Q, best_Q), sampled)
 
     def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks before anything of the step reads or writes them; a replayed graph comes after it on the same stream."""

@@ -190,6 +190,10 @@ class Sampler:
         """Whether a row follows a grammar, so that the step can't be sampled before the host has read the step before."""
         return _Trait.GUIDED in self._asked(rows)
 
+    def may_be_shared(self, rows: SampledRows) -> bool:
+        """Whether a rank could sample some of the rows and know only the tokens of the others."""
+        return not self._asked(rows) & (_Trait.REPORTS | _Trait.GUIDED | _Trait.HELD)
+
     def _asked(self, rows: SampledRows) -> _Trait:
         """Give what any row of the step asks for."""
         return _Trait(int(np.bitwise_or.reduce(self._traits_S[rows.slots])))

@@ -61,6 +61,11 @@ class SampledRows(NamedTuple):
     scored: ScoredRows | None = None
     """Their positions stand before those that sample among what reaches the head."""
 
+    def some(self, which: slice) -> SampledRows:
+        """Give these rows, without those that are scored."""
+        on_host = (self.slots[which], self.lengths[which], self.output_indices[which])
+        return SampledRows(*on_host, self.slots_Q[which], self.lengths_Q[which], self.output_indices_Q[which])
+
 
 def upload(values: npt.NDArray[np.integer[Any]], device: torch.device) -> Tensor:
     """Copy whole numbers to the device without waiting for it."""

@@ -77,10 +77,14 @@ def share_add_rms_norm(
         reference.share_add_rms_norm(peers.parts, peers.rank, own_SD, inbox, residual_SD, weight_D, eps, share=share)
 
 
-def gather_columns(peers: Peers, rows: int, columns: int) -> Tensor:
-    """Put the ranks' [rows, columns] side by side: [rows, ranks · columns]. The parts may be written again at once."""
+def gather_columns(peers: Peers, rows: int, columns: int, mine: slice | None = None) -> Tensor:
+    """Put the ranks' [rows, columns] side by side: [rows, ranks · columns]. The parts may be written again at once.
+
+    `mine`: of these rows alone, and each rank of its own: at most every rank's even share of `rows`, rounded up.
+    """
     if peers.parts[0].is_cuda:
         from kernels.gpu import all_reduce as gpu
 
-        return gpu.gather_columns(peers, rows, columns)
-    return reference.gather_columns(peers.parts, rows, columns)
+        return gpu.gather_columns(peers, rows, columns, mine)
+    whole_RC = reference.gather_columns(peers.parts, rows, columns)
+    return whole_RC if mine is None else whole_RC[mine]

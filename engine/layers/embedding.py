@@ -30,16 +30,20 @@ class Head:
     vocab_size: int
     group: ParallelGroup
 
-    def __call__(self, x_RD: Tensor) -> Tensor:
-        """Give logits [R, V] in the weight's type, the same on every rank: a float32 copy costs more than whoever reads them."""
-        logits_RV = self._gathered(x_RD)
+    def __call__(self, x_RD: Tensor, mine: slice | None = None) -> Tensor:
+        """Give logits [R, V] in the weight's type: a float32 copy costs more than whoever reads them.
+
+        The same on every rank, or where `mine` says so of these rows alone, each rank of its own (see `engine.row_shares`).
+        """
+        logits_RV = self._gathered(x_RD, mine)
         return logits_RV[:, : self.vocab_size]
 
-    def _gathered(self, x_RD: Tensor) -> Tensor:
+    def _gathered(self, x_RD: Tensor, mine: slice | None) -> Tensor:
         sums, rows = self.group.sums, len(x_RD)
         columns = self.weight.plain.shape[0] if sums is not None else 0
         part_RC = None if sums is None else sums.columns(rows, columns)
         if sums is None or part_RC is None:
-            return self.group.all_gather_columns(self.weight(x_RD))
+            logits_RV = self.group.all_gather_columns(self.weight(x_RD))
+            return logits_RV if mine is None else logits_RV[mine]
         self.weight.into(part_RC, x_RD)
-        return sums.gather_columns(rows, columns)
+        return sums.gather_columns(rows, columns, mine)

@@ -186,9 +186,9 @@ def _share_kernel(
 
 
 @quick
-@triton.jit(do_not_specialize=["flags_from", "rows"])
+@triton.jit(do_not_specialize=["flags_from", "first", "rows"])
 def _gather_kernel(
-    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, p_out, rows, C,
+    p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, flags_from, p_counts, p_out, first, rows, C,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr, MEETS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     p_ranks = (p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7)
@@ -205,7 +205,7 @@ def _gather_kernel(
         o_c = i_tile % tiles * BLOCK + tl.arange(0, BLOCK)
         m_c = o_c < C
         for i_rank in tl.static_range(SIZE):
-            b_x = tl.load(p_ranks[i_rank] + o_row + o_c, mask=m_c, other=0.0, cache_modifier=".cg")
+            b_x = tl.load(p_ranks[i_rank] + first * width + o_row + o_c, mask=m_c, other=0.0, cache_modifier=".cg")
             tl.store(p_out + o_row * SIZE + i_rank * C + o_c, b_x, mask=m_c)
     if MEETS:
         # A rank that comes back to write must find everybody done reading.
@@ -318,18 +318,23 @@ def share_add_rms_norm(
     )
 
 
-def gather_columns(peers: Peers, rows: int, columns: int) -> Tensor:
+def gather_columns(peers: Peers, rows: int, columns: int, mine: slice | None = None) -> Tensor:
     """See `kernels.all_reduce.gather_columns`."""
+    mine = slice(0, rows) if mine is None else mine
     part = peers.parts[peers.rank]
-    out_RC = torch.empty((rows, len(peers.parts) * columns), dtype=part.dtype, device=part.device)
+    count = mine.stop - mine.start
+    out_RC = torch.empty((count, len(peers.parts) * columns), dtype=part.dtype, device=part.device)
     if rows:
-        tiles = rows * ceil_div(columns, _GATHER_BLOCK)
+        # As many programs on every rank, whatever its rows: each of them meets its like.
+        most = rows if count == rows else ceil_div(rows, len(peers.parts))
+        tiles = most * ceil_div(columns, _GATHER_BLOCK)
         _gather_kernel[(min(tiles, MAX_PROGRAMS),)](
             *_addresses(peers),
             peers.flags_from,
             peers.counts_P,
             out_RC,
-            rows,
+            mine.start,
+            count,
             columns,
             BLOCK=_GATHER_BLOCK,
             **_constants(peers),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from engine.options import EngineOptions
 from engine.parallel import Rendezvous
 from engine.plan import Admission, PlanRow, StepPlan
 from engine.rank_process import RankProcess
+from engine.row_shares import LEAST_ROWS, RowShares
 from headrace import GenerationConfig, PytorchEngineConfig
 from headrace.errors import RankLost
 
@@ -100,6 +102,45 @@ def test_forks_and_prompt_logprobs_on_two_ranks(tmp_path: Path) -> None:
     assert [row.token_id for row in ours] == PROMPTS[0][1:]
     assert [row.logprob for row in ours] == pytest.approx([row.logprob for row in theirs], abs=1e-4)
     assert [[token for token, _ in row.top] for row in ours] == [[token for token, _ in row.top] for row in theirs]
+
+
+@pytest.mark.enable_socket
+def test_many_rows_are_sampled_by_both_ranks_each_its_share(tmp_path: Path) -> None:
+    """An odd count, rows of every kind, and a step in which one row wants log-probabilities, which both ranks then sample whole."""
+    path = save_tiny_model(tmp_path, vocab_size=401)
+    kinds = ({"top_k": 1}, {"top_k": 0, "temperature": 1.0}, {"top_k": 7, "repetition_penalty": 1.3, "min_new_tokens": 4})
+    count = LEAST_ROWS + 9
+    jobs = [
+        request(
+            [5 + number % 90, 7, number % 300],
+            request_id=str(number),
+            seed=number,
+            max_new_tokens=6 + number % 3,
+            **kinds[number % 3],
+        )
+        for number in range(count)
+    ]
+    jobs += [request([5, 6], request_id="told", logprobs=2, max_new_tokens=2)]
+    fields = {"block_size": 16, "max_batch_size": count + 1, "num_gpu_blocks": 2 * count + 2}
+    single = options_for(path, **fields)
+    expected = run(Engine(LocalExecutor(single), single), jobs)
+    options, rendezvous = replace(single, tp=2), Rendezvous()
+    shared = []
+    with (
+        other_ranks(options, rendezvous) as ranks,
+        mock.patch.object(RowShares, "tell", autospec=True, side_effect=RowShares.tell) as tell,
+    ):
+        executor = make_executor(options, rendezvous)
+        tell.reset_mock()
+        got = run(Engine(executor, options), jobs)
+        shared = [call.kwargs["rows"] for call in tell.call_args_list]
+        executor.close()
+        assert ranks[0].wait(timeout=30) == 0
+    assert {name: one.token_ids for name, one in got.items()} == {name: one.token_ids for name, one in expected.items()}
+    assert all(one.error is None for one in got.values())
+    assert len(shared) >= 3, shared
+    assert min(shared) >= LEAST_ROWS
+    assert count in shared, "an odd number of rows"
 
 
 @pytest.mark.enable_socket

@@ -124,8 +124,8 @@ class Meeting(PeerSums):
     def share_add_rms_norm(self, own_SD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return self._met(partial(super().share_add_rms_norm, own_SD, residual_TD, weight_D, eps))
 
-    def gather_columns(self, rows: int, columns: int) -> Tensor:
-        return self._met(partial(super().gather_columns, rows, columns))
+    def gather_columns(self, rows: int, columns: int, mine: slice | None = None) -> Tensor:
+        return self._met(partial(super().gather_columns, rows, columns, mine))
 
     def _met(self, run: Any) -> Any:
         self._group.meet()  # type: ignore[attr-defined]
@@ -186,6 +186,8 @@ def test_the_head_is_gathered_where_it_fits(model: Path) -> None:
         assert part is not None
         decoder.head.weight.into(part, x)
     torch.testing.assert_close(made[1].gather_columns(3, columns)[:, : whole.spec.vocab_size], whole.head(x))
+    share = made[1].gather_columns(3, columns, slice(2, 3))
+    torch.testing.assert_close(share[:, : whole.spec.vocab_size], whole.head(x)[2:])
     assert made[0].columns(REGION, columns) is None
 
 

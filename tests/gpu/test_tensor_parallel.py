@@ -18,6 +18,7 @@ from tiny_models import save_tiny_model
 from engine.async_engine import AsyncEngine
 from engine.options import resolve
 from engine.request import TokenRequest
+from engine.row_shares import LEAST_ROWS
 from engine.supervisor import Limits
 from headrace import GenerationConfig, PytorchEngineConfig
 
@@ -26,15 +27,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
 ROOT = Path(__file__).parents[2]
 
 
-def requests(vocab: int, count: int, **config: Any) -> list[TokenRequest]:
-    draw = random.Random(5)
+def requests(vocab: int, count: int, *, first: int = 0, **config: Any) -> list[TokenRequest]:
+    draw = random.Random(5 + first)
     gen = GenerationConfig(**{"top_k": 1, "max_new_tokens": 40, "ignore_eos": True, **config})
     return [
         TokenRequest(
             request_id=str(number), prompt_ids=tuple(draw.randrange(3, vocab) for _ in range(draw.randint(1, 150))), config=gen,
             seed=number, choice=0, max_new_tokens=gen.max_new_tokens or 1, limit="max_new_tokens",
         )
-        for number in range(count)
+        for number in range(first, first + count)
     ]  # fmt: skip
 
 
@@ -76,9 +77,25 @@ def test_both_ranks_sample_alike(tmp_path: Path) -> None:
     """bfloat16, sampled, few rows and many: a rank that chose another token than its peer would compute other keys from there on."""
     path = save_tiny_model(tmp_path / "llama", head_dim=64, hidden_size=512, intermediate_size=1024)
     jobs = requests(300, 48, top_k=0, temperature=1.0, max_new_tokens=60)
-    first = tokens(path, jobs, tp=2, dtype="bfloat16")
-    assert tokens(path, jobs, tp=2, dtype="bfloat16") == first
-    assert all(len(one) == 60 for one in first.values())
+    jobs += requests(300, 3 * LEAST_ROWS, first=48, top_k=0, temperature=1.0, max_new_tokens=20)
+    how = {"dtype": "bfloat16", "max_batch_size": 2 * LEAST_ROWS, "num_gpu_blocks": 1024}
+    first = tokens(path, jobs, tp=2, **how)
+    assert tokens(path, jobs, tp=2, **how) == first
+    assert [len(first[job.request_id]) for job in jobs] == [job.max_new_tokens for job in jobs]
+
+
+def test_many_rows_sampled_by_both_ranks_are_those_of_one_gpu(tmp_path: Path) -> None:
+    """An odd count of them, each rank its share: every filter and penalty, and no token that one GPU wouldn't have drawn."""
+    path = save_tiny_model(tmp_path / "llama", vocab_size=401)
+    kinds: tuple[dict[str, Any], ...] = (
+        {"top_k": 0, "temperature": 1.0},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7},
+        {"top_k": 1, "repetition_penalty": 1.3, "min_new_tokens": 4},
+    )
+    each = LEAST_ROWS // 2 + 1
+    jobs = [job for n, kind in enumerate(kinds) for job in requests(300, each, first=n * each, max_new_tokens=16 + n, **kind)]
+    how = {"max_batch_size": len(jobs), "num_gpu_blocks": 1024}
+    assert tokens(path, jobs, tp=2, **how) == tokens(path, jobs, **how)
 
 
 def used_mib() -> list[int]:

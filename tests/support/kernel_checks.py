@@ -91,6 +91,17 @@ def check_all_reduce(scale: Scale) -> Iterator[Check]:
         yield Check(
             "gather_columns", case, relative_error(all_reduce.gather_columns(Peers(1, parts), rows, dim), gathered), 0.0
         )
+        share = -(-rows // size)
+        for rank in range(size):
+            mine = slice(min(rank * share, rows), min((rank + 1) * share, rows))
+            got = all_reduce.gather_columns(Peers(rank, parts), rows, dim, mine)
+            error = relative_error(got, gathered[mine]) if len(got) else float(got.shape != gathered[mine].shape)
+            yield Check("gather_columns", f"{case} rows {mine.start}-{mine.stop}", error, 0.0)
+        words = tuple(
+            torch.randint(-(2**31), 2**31 - 1, (2 * dim,), dtype=torch.int32, device=scale.device) for _ in range(size)
+        )
+        got, wanted = all_reduce.gather_columns(Peers(0, words), 2, dim), reference_all_reduce.gather_columns(words, 2, dim)
+        yield Check("gather_columns", f"{size} ranks, words", float(not torch.equal(got, wanted)), 0.0)
         yield from _shares(scale, size, rows, dim, dtype)
         for rank in range(size):
             sums = all_reduce.two_shot(Peers(rank, parts), rows, dim)

@@ -25,7 +25,7 @@ def failures(group: DistributedGroup, memory: PeerMemory, device: torch.device) 
     failed = []
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for rows, dim, dtype in ((1, 4096, bf16), (257, 4096, bf16), (3, 104, bf16), (300, 8192, fp16), (63, 576, fp32)):
-        for name in ("one_shot", "fused", "two_shot", "shares", "gather"):
+        for name in ("one_shot", "fused", "two_shot", "shares", "gather", "gather_told"):
             for captured in (False, True):
                 good = _check(group, memory, name, rows, dim, dtype, device, captured=captured)
                 if group.smallest(int(good)) == 0:
@@ -82,9 +82,25 @@ def _call_by_shares(memory: PeerMemory, x_TD: Tensor, residual_TD: Tensor, weigh
     return memory.part(1, rows, dim, x_TD.dtype).clone()
 
 
+def _gather_told(memory: PeerMemory, x_TD: Tensor) -> Tensor:
+    """Gather this rank's rows alone, and tell them to the others: what one gather of all rows gives, through the same region twice."""
+    (rows, dim), size = x_TD.shape, len(memory.ranks)
+    share = -(-rows // size)
+    mine = slice(min(memory.rank * share, rows), min((memory.rank + 1) * share, rows))
+    memory.part(GATHER, rows, dim, x_TD.dtype).copy_(x_TD)
+    told_sC = torch.zeros((share, size * dim), dtype=x_TD.dtype, device=x_TD.device)
+    told_sC[: mine.stop - mine.start] = all_reduce.gather_columns(memory.peers(GATHER, x_TD.dtype), rows, dim, mine)
+    words_sW = told_sC.view(torch.int32)
+    memory.part(GATHER, *words_sW.shape, torch.int32).copy_(words_sW)
+    all_sW = all_reduce.gather_columns(memory.peers(GATHER, torch.int32), *words_sW.shape)
+    return all_sW.view(x_TD.dtype).view(share, size, size * dim).transpose(0, 1).reshape(-1, size * dim)[:rows]
+
+
 def _call(memory: PeerMemory, name: str, x_TD: Tensor, turn: int, residual_TD: Tensor, weight_D: Tensor) -> Tensor:
     if name == "shares":
         return _call_by_shares(memory, x_TD, residual_TD, weight_D)
+    if name == "gather_told":
+        return _gather_told(memory, x_TD)
     region = GATHER if name == "gather" else turn
     memory.part(region, *x_TD.shape, x_TD.dtype).copy_(x_TD)
     peers = memory.peers(region, x_TD.dtype)
@@ -106,7 +122,7 @@ def _agree(
     residual_TD, good = start_TD, True
     for number, out in enumerate(outs):
         mine = [part[number].reshape(-1) for part in parts]
-        if name == "gather":
+        if name in ("gather", "gather_told"):
             good &= torch.equal(out, reference_all_reduce.gather_columns(mine, *data_CTD.shape[1:]))
         elif name in ("fused", "shares"):
             x_TD, residual_TD = add_rms_norm(reference_all_reduce.one_shot(mine, *start_TD.shape), residual_TD, weight_D, 1e-5)

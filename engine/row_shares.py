@@ -1,0 +1,40 @@
+"""Many rows are sampled by all ranks of a group, each its share of them: each rank brings together the logits of its rows only.
+
+Every rank has all rows' sampling parameters and draws by the same seeds, so that whoever samples a row gives it the same token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.parallel import ParallelGroup
+
+LEAST_ROWS = 128
+"""From so many on the logits take longer to bring together than the tokens take to tell."""
+
+
+class RowShares:
+    """What this rank's share of a step's rows is, and how all ranks get to know all draws."""
+
+    def __init__(self, group: ParallelGroup, *, device: torch.device) -> None:
+        """Every rank of the group makes one at the same time: the first telling compiles what tells."""
+        self._group = group
+        if group.size > 1:
+            self.tell(torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device), rows=group.size)
+
+    def mine(self, rows: int) -> slice | None:
+        """Give this rank's of `rows` rows; None: every rank samples all of them."""
+        if self._group.size == 1 or rows < LEAST_ROWS:
+            return None
+        share = -(-rows // self._group.size)
+        return slice(min(self._group.rank * share, rows), min((self._group.rank + 1) * share, rows))
+
+    def tell(self, tokens_q: Tensor, best_q: Tensor, *, rows: int) -> tuple[Tensor, Tensor]:
+        """Give all rows' (tokens int64 [Q], largest logits float32 [Q]), where this rank drew those of its share."""
+        share, count = -(-rows // self._group.size), len(tokens_q)
+        words_2q = torch.zeros((2, share), dtype=torch.int32, device=tokens_q.device)
+        words_2q[0, :count] = tokens_q
+        words_2q[1, :count] = best_q.float().view(torch.int32)
+        tokens_Q, best_Q = self._group.all_gather_words(words_2q)[:, :rows]
+        return tokens_Q.long(), best_Q.view(torch.float32)
