@@ -32,17 +32,14 @@ import triton.language as tl
 
 from benchmarks.kernel_timing import Row, seconds
 from benchmarks.sampling_kernels import bench_all_filters, bench_sampling
+from kernels.gpu.decode_plan import DecodeShape, plan_decode
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 64
 DECODE_SWEEP = {
-    "1 x 1024",
-    "8 x 1024",
-    "32 x 1024",
-    "64 x 1024",
-    "128 x 1024",
-    "256 x 1024",
-    "512 x 512",
-    "128 x 64..1984",
+    *(f"{rows} x {context}" for rows in (1, 8, 32, 64, 128) for context in (512, 1024)),
+    *(f"{rows} x 512" for rows in (24, 40, 48, 512)),
+    *(f"{rows} x 64..1984" for rows in (16, 32, 40, 64, 96, 128)),
+    *(f"{rows}, one in 16 x 4096, others x 256" for rows in (16, 32, 40, 64, 96, 128)),
     "1 x 32768",
 }
 HIDDEN, INTERMEDIATE = 4096, 14336
@@ -156,9 +153,16 @@ def decode_loads() -> Iterator[tuple[str, list[int]]]:
     yield "1 x 32768", [32768]
 
 
+def decode_shapes() -> Iterator[DecodeShape]:
+    """Ways to cut a launch: tile, programs, least tiles of a part, warps, tiles in flight, most programs."""
+    for programs, warps, stages in itertools.product((132, 264, 396, 528), (2, 4), (2, 3, 4)):
+        yield DecodeShape(64, programs, 2, warps, stages)
+    for programs, warps, most in itertools.product((264, 396), (2, 4), (264, 396, 528, None)):
+        yield DecodeShape(32, programs, 4, warps, 3, most)
+
+
 def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
     from kernels.gpu.attention import paged_attention, plan_attention
-    from kernels.gpu.decode_plan import DecodeShape, plan_decode
 
     for name, lens in decode_loads():
         q, k_cache, v_cache, metadata = paged_inputs([(1, n) for n in lens])
@@ -180,14 +184,10 @@ def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
         yield row(time, name, read_us=round(read * 1e6, 1), of_read_of_this_size=round(read / time, 3))
         if not sweep or name not in DECODE_SWEEP:
             continue
-        results = []
-        for warps, stages, programs in itertools.product((2, 4), (2, 3, 4), (132, 264, 528)):
-            shape = DecodeShape(tile=64, programs=programs, least=2, num_warps=warps, stages=stages)
+        for shape in decode_shapes():
             plan = plan_decode(metadata.context_lens_R, num_kv_heads=KV_HEADS, sliding_window=None, shape=shape)
             other = metadata._replace(plans=(plan,))
             time = seconds(*(partial(paged_attention, q, *cache, other, scale, None) for cache in caches), repeats=5)
-            results.append((time, shape))
-        for time, shape in sorted(results)[:4]:
             yield row(time, name, shape=list(shape))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from kernels.gpu import decode_attention, prefill_attention
 from kernels.gpu.decode_plan import DecodePlan, choose_shape, first_rows, plan_decode
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 def _num_sms(device: torch.device) -> int:
     """Multiprocessors of a device; a small one's where kernels are interpreted on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have, as Triton will hold it to; a small device's where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1 << 16
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def single_row_counts(device: torch.device, num_kv_heads: int) -> tuple[int, ...]:
@@ -43,6 +53,7 @@ def _plan(context_lens_R: Tensor, cache_BKSH: Tensor, sliding_window: int | None
         block_size=size,
         itemsize=cache_BKSH.element_size(),
         num_sms=_num_sms(cache_BKSH.device),
+        shared_memory=_shared_memory(cache_BKSH.device),
     )
     return plan_decode(context_lens_R, num_kv_heads=num_kv_heads, sliding_window=sliding_window, shape=shape)
 

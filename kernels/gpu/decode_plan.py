@@ -8,6 +8,7 @@ has a bound that depends on the number of rows only; the rest are marked as no w
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from kernels.gpu.quick_launch import ceil_div, quick
 FIELDS = 8
 """int32 of a unit: row (-1 = no work), first and end tile, the row's context, part, parts of the row, slot of its first part."""
 _BLOCK = 64
-_FEW, _VERY_MANY = 2, 16
-"""Rows times kv heads for each multiprocessor: up to the one, and above the other, launches are cut otherwise."""
+_WAYS = (2.2, 3.2, 5.0, 7.0, 16.0)
+"""Rows times kv heads for each multiprocessor, up to and with which launches are cut one way; another way each, and one above them all."""
 
 
 class DecodeShape(NamedTuple):
@@ -34,26 +35,40 @@ class DecodeShape(NamedTuple):
     """No part has fewer tiles than this: a smaller one costs more to combine than it gains."""
     num_warps: int
     stages: int
+    most: int | None = None
+    """No more programs than this, where there are fewer rows and heads: units get longer until they fit. None: any number."""
 
 
-def choose_shape(*, rows: int, num_kv_heads: int, head_dim: int, block_size: int, itemsize: int, num_sms: int) -> DecodeShape:
-    """Cut a launch for a device. Nothing here depends on a step's lengths.
+def choose_shape(
+    *, rows: int, num_kv_heads: int, head_dim: int, block_size: int, itemsize: int, num_sms: int, shared_memory: int
+) -> DecodeShape:
+    """Cut a launch for a device whose programs may have `shared_memory` bytes. Nothing here depends on a step's lengths.
 
-    Measured on an H200: few programs want more tiles in flight each, many want room for one another; and very many rows are the ones
-    that GEMMs before and behind have slowed the clock for, where a third tile in flight is worth 1 to 2 % of the step (512 rows).
+    Measured on an H200 with lengths equal, uniform, and a sixteenth of them long: the way with the least time over a plain read, the three
+    kinds counted alike. Few units want to be small ones that all run at once, and no programs without work among them: those take places
+    that would have evened out the load (up to 5 us of 35). From 37 rows of 8 heads on that leaves too few units to cut the long ones into.
+    Then two programs a multiprocessor, up to 82 rows one with four tiles in flight, up to 115 two again even out lengths best, and many
+    want room for one another; very many are those that GEMMs before and behind have slowed the clock for, where a third tile in flight is
+    worth 1 to 2 % of the step (512 rows).
     """
     tile = min(block_size, 64) if block_size >= 32 else 32
     if itemsize == 4 or head_dim > 128:
-        tile = min(tile, 32)
-    if rows * num_kv_heads <= _FEW * num_sms or itemsize == 4 or head_dim > 128:
-        return DecodeShape(tile=tile, programs=num_sms, least=2, num_warps=4, stages=3)
-    stages = 3 if rows * num_kv_heads > _VERY_MANY * num_sms else 2
-    return DecodeShape(tile=tile, programs=4 * num_sms, least=2, num_warps=2, stages=stages)
+        return DecodeShape(tile=min(tile, 32), programs=num_sms, least=2, num_warps=4, stages=3)
+    in_flight = 4 * 2 * tile * head_dim * itemsize
+    ways = (
+        DecodeShape(tile=32, programs=2 * num_sms, least=4, num_warps=2, stages=3, most=3 * num_sms),
+        DecodeShape(tile=tile, programs=2 * num_sms, least=2, num_warps=2, stages=3),
+        DecodeShape(tile=tile, programs=2 * num_sms, least=2, num_warps=4, stages=4 if in_flight < shared_memory else 3),
+        DecodeShape(tile=tile, programs=3 * num_sms, least=2, num_warps=4, stages=3),
+        DecodeShape(tile=tile, programs=4 * num_sms, least=2, num_warps=2, stages=2),
+        DecodeShape(tile=tile, programs=4 * num_sms, least=2, num_warps=2, stages=3),
+    )
+    return ways[bisect_left(_WAYS, rows * num_kv_heads / num_sms)]
 
 
 def first_rows(*, num_kv_heads: int, num_sms: int) -> tuple[int, ...]:
     """Give the least row count of each way in which launches are cut."""
-    return (1, *(most * num_sms // num_kv_heads + 1 for most in (_FEW, _VERY_MANY)))
+    return (1, *(int(most * num_sms) // num_kv_heads + 1 for most in _WAYS))
 
 
 class DecodePlan(NamedTuple):
@@ -87,6 +102,16 @@ def _parts(p_lens, o_r, R, window, cap, TILE: tl.constexpr, WINDOW: tl.constexpr
     return b_context, b_low, b_tiles, tl.where(o_r < R, b_parts, 0), b_size
 
 
+@triton.jit
+def _count(p_lens, R, window, cap, TILE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the units that the rows are cut into."""
+    count = 0
+    for start in range(0, R, BLOCK):
+        _c, _l, _t, b_parts, _s = _parts(p_lens, start + tl.arange(0, BLOCK), R, window, cap, TILE, WINDOW)
+        count += tl.sum(b_parts, axis=0)
+    return count
+
+
 @quick
 @triton.jit(do_not_specialize=["R", "window", "share_of", "least", "num_units", "num_arrivals"])
 def _plan_kernel(
@@ -98,6 +123,12 @@ def _plan_kernel(
         _c, _l, b_tiles, _p, _s = _parts(p_lens, start + tl.arange(0, BLOCK), R, window, 1, TILE, WINDOW)
         total += tl.sum(b_tiles, axis=0)
     cap = tl.maximum((total + share_of - 1) // share_of, least)
+    if num_units < R + share_of:
+        # There may be more units than room for them: they get longer until they fit, at the latest when no row is cut.
+        wanted = _count(p_lens, R, window, cap, TILE, WINDOW, BLOCK)
+        while wanted > num_units:
+            cap += (cap + 7) // 8
+            wanted = _count(p_lens, R, window, cap, TILE, WINDOW, BLOCK)
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_context, b_low, b_tiles, b_parts, b_size = _parts(p_lens, o_r, R, window, cap, TILE, WINDOW)
     b_unit = tl.zeros([BLOCK], dtype=tl.int32)
@@ -136,7 +167,8 @@ def plan_decode(context_lens_R: Tensor, *, num_kv_heads: int, sliding_window: in
     # A row of t tiles has at most t / cap + 1 parts, and at most 2 · t / cap if it is cut at all; cap is at least the tiles
     # of all rows over `share_of`.
     share_of = max(1, shape.programs // num_kv_heads)
-    units = torch.empty((rows + share_of, FIELDS), dtype=torch.int32, device=device)
+    most = rows + share_of if shape.most is None else max(rows, min(rows + share_of, shape.most // num_kv_heads))
+    units = torch.empty((most, FIELDS), dtype=torch.int32, device=device)
     arrivals = torch.empty((2 * share_of, num_kv_heads), dtype=torch.int32, device=device)
     _plan_kernel[(ceil_div(rows, _BLOCK),)](
         context_lens_R,

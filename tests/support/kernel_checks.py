@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels import reference, reference_all_reduce, reference_sampling
 from kernels.all_reduce import Peers
 from kernels.gpu import all_reduce, attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
-from kernels.gpu.decode_plan import DecodeShape, plan_decode
+from kernels.gpu.decode_plan import DecodeShape, choose_shape, first_rows, plan_decode
 from kernels.sampling import SamplingInputs
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -208,33 +208,48 @@ def check_decode(scale: Scale) -> Iterator[Check]:
     for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
         for window in (None, 50) if head_dim != 96 or not scale.small else (None,):
             options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
-            # Many rows without a window and few with one: a launch of each shape that `choose_shape` picks.
+            # Many rows without a window and few with one.
             more = [(1, 1 + 7 * n % 200) for n in range(300)] if window is None and not scale.small else []
             error = _attention_error(scale, lens + more, sliding_window=window, **options)
             case = f"{heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}"
             yield Check("decode_attention", case, error, ATTENTION_TOLERANCE[dtype])
 
 
-def check_decode_shares(scale: Scale) -> Iterator[Check]:
-    """The same rows however they are cut: not at all, the long ones in a few parts, everything as small as allowed."""
+def _decode_shapes(scale: Scale, dtype: torch.dtype) -> Iterator[DecodeShape]:
+    """Every way to cut a launch that is ever chosen, and rows cut not at all, in a few parts, and as small as allowed, with little room."""
+    kinds = {"num_kv_heads": 2, "num_sms": 8 if scale.small else 132}
+    facts = {"head_dim": 64, "block_size": 64, "itemsize": dtype.itemsize, "shared_memory": 1 << 18}
+    yield from {choose_shape(rows=rows, **facts, **kinds) for rows in first_rows(**kinds)}
     cuts = (
-        ((1, 1, None), (6, 1, 300), (30, 4, None))
+        ((1, 1, None), (6, 1, 8), (30, 4, None))
         if scale.small
-        else tuple(itertools.product((1, 8, 40, 264, 2000), (1, 4), (None, 300)))
+        else itertools.product((1, 8, 40, 264, 2000), (1, 4), (None, 170))
     )
-    for dtype, (programs, least, window) in itertools.product(scale.dtypes, cuts):
-        lens = [(1, n) for n in ((0, 257, 0, 600) if scale.small else (0, 5, 256, 0, 257, 600, 1100, 5000, 0, *range(1, 70)))]
-        case = attention_case(lens, heads=6, kv_heads=2, block_size=64, dtype=dtype, device=scale.device, sliding_window=window)
-        shape = DecodeShape(tile=64, programs=programs, least=least, num_warps=4, stages=3)
-        plan = plan_decode(case.metadata.context_lens_R, num_kv_heads=2, sliding_window=window, shape=shape)
-        name = f"{programs} programs, at least {least} tiles, window={window} {dtype}"
-        # Twice by one plan, as two layers of a step: the first must leave the plan as it found it.
-        for _ in range(2):
-            out = torch.full_like(case.q_TNH, torch.nan)
-            caches = (case.k_cache_BKSH, case.v_cache_BKSH)
-            decode_attention.decode_attention(case.q_TNH, *caches, case.metadata.block_tables_RP, plan, out, scale=case.scale)
-            error = relative_error(out, naive_attention(case))
-            yield Check("decode_attention", name, error, ATTENTION_TOLERANCE[dtype])
+    for programs, least, most in cuts:
+        yield DecodeShape(tile=64, programs=programs, least=least, num_warps=4, stages=3, most=most)
+
+
+def check_decode_shares(scale: Scale) -> Iterator[Check]:
+    """The same rows however they are cut."""
+    for dtype in scale.dtypes:
+        windows = (300,) if scale.small else (None, 300)
+        for shape, window in itertools.product(list(_decode_shapes(scale, dtype)), windows):
+            yield from _check_shape(scale, dtype, shape, window)
+
+
+def _check_shape(scale: Scale, dtype: torch.dtype, shape: DecodeShape, window: int | None) -> Iterator[Check]:
+    lens = [(1, n) for n in ((0, 257, 0, 600) if scale.small else (0, 5, 256, 0, 257, 600, 1100, 5000, 0, *range(1, 70)))]
+    case = attention_case(lens, heads=6, kv_heads=2, block_size=64, dtype=dtype, device=scale.device, sliding_window=window)
+    plan = plan_decode(case.metadata.context_lens_R, num_kv_heads=2, sliding_window=window, shape=shape)
+    expected = naive_attention(case)
+    # Twice by one plan, as two layers of a step: the first must leave the plan as it found it.
+    for _ in range(2):
+        out = torch.full_like(case.q_TNH, torch.nan)
+        caches = (case.k_cache_BKSH, case.v_cache_BKSH)
+        decode_attention.decode_attention(case.q_TNH, *caches, case.metadata.block_tables_RP, plan, out, scale=case.scale)
+        yield Check(
+            "decode_attention", f"{shape}, window={window} {dtype}", relative_error(out, expected), ATTENTION_TOLERANCE[dtype]
+        )
 
 
 def check_prefill(scale: Scale) -> Iterator[Check]:
