@@ -88,8 +88,9 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     table = StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device)
     free = kv_cache.free_memory(device)
     forward, decode_ms = _forward(options, decoder, caches, table)
-    if device.type == "cuda":
+    if profile is not None:
         memory = replace(memory, graphs=max(0, free - kv_cache.free_memory(device)))
+        profile.reserve(device)
     watch.lap("graphs")
     vocab_size = decoder.spec.vocab_size
     automata = TokenAutomata(model_path=options.model_path, num_slots=slots, vocab_size=vocab_size, device=device)

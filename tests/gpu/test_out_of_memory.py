@@ -105,3 +105,27 @@ def test_a_device_that_fills_up_costs_no_answer(tmp_path: Path, eager: bool, tak
     same = sum(got[name] == expected[name] for name in expected)
     assert same >= 90, same
     assert all(len(tokens) == 40 for tokens in got.values())
+
+
+def test_growing_steps_ask_the_driver_for_nothing(tmp_path: Path) -> None:
+    """More rows with every step, so that none before it had pieces as large: the first of them all has to have been enough."""
+    path = save_tiny_model(tmp_path, vocab_size=32_000, hidden_size=512, intermediate_size=2048)
+    shape = {"num_gpu_blocks": 2048, "max_batch_size": 256, "max_prefill_token_num": 1024}
+    options = options_for(path, device="cuda", dtype="float32", **shape)
+    executor = LocalExecutor(options)
+    engine = Engine(executor, options)
+
+    def answer(numbers: range) -> None:
+        kinds: tuple[dict[str, Any], ...] = ({"top_k": 1}, {"top_k": 0}, {"top_k": 40, "top_p": 0.9})
+        for number in numbers:
+            prompt = [(number * 7 + place) % 290 + 5 for place in range(40 + number % 90)]
+            engine.add(request(prompt, request_id=str(number), seed=number, max_new_tokens=60, **kinds[number % 3]))
+        while engine.has_work:
+            assert all(output.error is None for output in engine.step())
+
+    answer(range(4))  # cuBLAS takes its workspace at its first call
+    pieces = "segment.large_pool.allocated"
+    before = torch.cuda.memory_stats()[pieces]
+    answer(range(4, 300))
+    assert torch.cuda.memory_stats()[pieces] == before
+    executor.close()
