@@ -244,7 +244,9 @@ def workloads(arguments: argparse.Namespace) -> None:
         parts["first_token"] = round(ready - sum(executor.report()["ready_s"].values()), 3)
         eos_ids = resolve_eos(path)
         for count, seed in ((arguments.warm, 99), (max(1, arguments.warm // 2), 100)):
-            run_engine(engine, draw_warm_up(vocab, count, seed), {"top_k": 40, "temperature": 1.0, "top_p": 0.95}, eos_ids)
+            # Of random weights one in some 100,000 tokens is an end of sequence.
+            config = {"top_k": 40, "temperature": 1.0, "top_p": 0.95, "ignore_eos": True}
+            run_engine(engine, draw_warm_up(vocab, count, seed), config, eos_ids)
         if isinstance(executor, Timeline):
             executor.take()
         common = {"model": path.name if arguments.model else "random-llama-8b", "dtype": arguments.dtype}
