@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.quick_launch import ceil_div, quick
+from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 
 FIELDS = 8
 """int32 of a unit: row (-1 = no work), first and end tile, the row's context, part, parts of the row, slot of its first part."""
@@ -54,7 +54,7 @@ def choose_shape(
     tile = min(block_size, 64) if block_size >= 32 else 32
     if itemsize == 4 or head_dim > 128:
         return DecodeShape(tile=min(tile, 32), programs=num_sms, least=2, num_warps=4, stages=3)
-    in_flight = 4 * 2 * tile * head_dim * itemsize
+    in_flight = 4 * 2 * tile * power_of_2(head_dim) * itemsize  # keys and values, as wide as the kernel loads them
     ways = (
         DecodeShape(tile=32, programs=2 * num_sms, least=4, num_warps=2, stages=3, most=3 * num_sms),
         DecodeShape(tile=tile, programs=2 * num_sms, least=2, num_warps=2, stages=3),

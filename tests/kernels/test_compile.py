@@ -16,10 +16,12 @@ from kernel_cases import ATTENTION_SHAPES, attention_case, sampling_inputs
 from kernel_launches import Launch, compile_for, recorded
 
 from kernels.all_reduce import Peers
-from kernels.gpu import all_reduce, attention, blocks, rms_norm, rotary, sampling, silu_mul, token_masks
+from kernels.gpu import all_reduce, attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
+from kernels.gpu.decode_plan import choose_shape, first_rows, plan_decode
 
 # Bytes of shared memory that one program may take.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SERVERS = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -81,7 +83,7 @@ def check(launches: Iterator[Launch], capability: int) -> None:
     assert names
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", SERVERS)
 def test_small_ops(capability: int) -> None:
     check(small_launches(torch.bfloat16), capability)
 
@@ -98,7 +100,7 @@ def test_all_reduce(capability: int, size: int, dtype: str) -> None:
         assert "ld.global.cg" not in ptx.partition("ld.acquire.sys")[0]
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", SERVERS)
 def test_sampling(capability: int) -> None:
     check(sampling_launches(), capability)
 
@@ -112,6 +114,27 @@ def test_attention_on_hopper(shape: tuple[int, int, int, int]) -> None:
 @pytest.mark.parametrize("shape", [(32, 8, 128, 64), (4, 4, 256, 64)], ids=str)
 def test_attention_elsewhere(shape: tuple[int, int, int, int], capability: int) -> None:
     check(attention_launches(*shape, torch.bfloat16), capability)
+
+
+# An L4, a 4090 and the like have the least shared memory. A head of 80 or 96 takes as much of it as one of 128.
+@pytest.mark.parametrize(("capability", "head_dim"), [(89, 64), (89, 80), (89, 128), (80, 128), (90, 96), (90, 128)])
+def test_the_deepest_decode_launch_fits(capability: int, head_dim: int) -> None:
+    facts = {"head_dim": head_dim, "block_size": 64, "itemsize": 2, "shared_memory": SHARED_MEMORY[capability]}
+    shapes = [choose_shape(rows=rows, num_kv_heads=2, num_sms=8, **facts) for rows in first_rows(num_kv_heads=2, num_sms=8)]
+    deepest = max(shapes, key=lambda shape: shape.stages * shape.tile)
+    case = attention_case([(1, 700)] * 3, heads=8, kv_heads=2, head_dim=head_dim, block_size=64, dtype=torch.bfloat16)
+    with recorded() as launches:
+        plan = plan_decode(case.metadata.context_lens_R, num_kv_heads=2, sliding_window=None, shape=deepest)
+        decode_attention.decode_attention(
+            case.q_TNH,
+            case.k_cache_BKSH,
+            case.v_cache_BKSH,
+            case.metadata.block_tables_RP,
+            plan,
+            torch.empty_like(case.q_TNH),
+            scale=1.0,
+        )
+    check(iter(launches), capability)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
