@@ -52,6 +52,7 @@ class PeerSums:
         self._rank = memory.rank
         self._others = tuple(rank for rank in range(len(memory.ranks)) if rank != memory.rank)
         self._regions = tuple(memory.peers(region, dtype) for region in range(3))
+        self._words = memory.peers(_GATHER, torch.int32)
 
     @property
     def most_rows(self) -> int:
@@ -141,7 +142,7 @@ class PeerSums:
         # In the same region: whoever gathers from it has met the others again before it may be written.
         rows, columns = words_RC.shape
         self._memory.part(_GATHER, rows, columns, torch.int32).copy_(words_RC)
-        return all_reduce.gather_columns(self._memory.peers(_GATHER, torch.int32), rows, columns)
+        return all_reduce.gather_columns(self._words, rows, columns)
 
     def choose_ways(self, most_rows: int, *, path: Path | None = None) -> None:
         """Settle which way serves how many rows up to `most_rows`; time them first if nobody has on such a machine."""

@@ -12,6 +12,8 @@ from engine.parallel import ParallelGroup
 
 LEAST_ROWS = 128
 """From so many on the logits take longer to bring together than the tokens take to tell."""
+_WIDTH = 16
+"""Words are told by multiples of so many: Triton compiles for widths and addresses that divide by 16, and for others apart."""
 
 
 class RowShares:
@@ -33,8 +35,10 @@ class RowShares:
     def tell(self, tokens_q: Tensor, best_q: Tensor, *, rows: int) -> tuple[Tensor, Tensor]:
         """Give all rows' (tokens int64 [Q], largest logits float32 [Q]), where this rank drew those of its share."""
         share, count = -(-rows // self._group.size), len(tokens_q)
-        words_2q = torch.zeros((2, share), dtype=torch.int32, device=tokens_q.device)
-        words_2q[0, :count] = tokens_q
-        words_2q[1, :count] = best_q.float().view(torch.int32)
-        tokens_Q, best_Q = self._group.all_gather_words(words_2q)[:, :rows]
+        width = -(-share // _WIDTH) * _WIDTH
+        words_2W = torch.zeros((2, width), dtype=torch.int32, device=tokens_q.device)
+        words_2W[0, :count] = tokens_q
+        words_2W[1, :count] = best_q.float().view(torch.int32)
+        told_2GW = self._group.all_gather_words(words_2W).view(2, self._group.size, width)
+        tokens_Q, best_Q = (one_GW[:, :share].reshape(-1)[:rows] for one_GW in told_2GW)
         return tokens_Q.long(), best_Q.view(torch.float32)

@@ -320,13 +320,13 @@ def share_add_rms_norm(
 
 def gather_columns(peers: Peers, rows: int, columns: int, mine: slice | None = None) -> Tensor:
     """See `kernels.all_reduce.gather_columns`."""
+    # As many programs on every rank, whatever its rows: each of them meets its like.
+    most = rows if mine is None else ceil_div(rows, len(peers.parts))
     mine = slice(0, rows) if mine is None else mine
     part = peers.parts[peers.rank]
     count = mine.stop - mine.start
     out_RC = torch.empty((count, len(peers.parts) * columns), dtype=part.dtype, device=part.device)
     if rows:
-        # As many programs on every rank, whatever its rows: each of them meets its like.
-        most = rows if count == rows else ceil_div(rows, len(peers.parts))
         tiles = most * ceil_div(columns, _GATHER_BLOCK)
         _gather_kernel[(min(tiles, MAX_PROGRAMS),)](
             *_addresses(peers),

@@ -24,6 +24,7 @@ from engine.models.residual import ManyRows, RankRows, SharedRows
 from engine.parallel import SingleRank
 from engine.peer_memory import PeerMemory
 from engine.peer_sums import PeerSums, sum_rows
+from engine.row_shares import RowShares
 from kernels.attention import AttentionMetadata
 
 SIZE = 2
@@ -96,6 +97,7 @@ class Together(Rank):
     def __init__(self, rank: int, barrier: threading.Barrier, table: list[Tensor]) -> None:
         super().__init__(rank)
         self._barrier, self._table = barrier, table
+        self.told: list[int] = []
 
     def meet(self) -> None:
         self._barrier.wait(20)
@@ -106,6 +108,11 @@ class Together(Rank):
         total = torch.stack(self._table).sum(0)
         self.meet()
         return total
+
+    def all_gather_words(self, words_RC: Tensor) -> Tensor:
+        assert self.sums is not None
+        self.told.append(words_RC.shape[1])
+        return self.sums.gather_words(words_RC)
 
     def all_gather_columns(self, x_RC: Tensor) -> Tensor:
         self._table[self.rank] = x_RC
@@ -126,6 +133,10 @@ class Meeting(PeerSums):
 
     def gather_columns(self, rows: int, columns: int, mine: slice | None = None) -> Tensor:
         return self._met(partial(super().gather_columns, rows, columns, mine))
+
+    def gather_words(self, words_RC: Tensor) -> Tensor:
+        self._memory.part(2, *words_RC.shape, torch.int32).copy_(words_RC)
+        return self._met(partial(super().gather_words, words_RC))
 
     def _met(self, run: Any) -> Any:
         self._group.meet()  # type: ignore[attr-defined]
@@ -189,6 +200,31 @@ def test_the_head_is_gathered_where_it_fits(model: Path) -> None:
     share = made[1].gather_columns(3, columns, slice(2, 3))
     torch.testing.assert_close(share[:, : whole.spec.vocab_size], whole.head(x)[2:])
     assert made[0].columns(REGION, columns) is None
+
+
+def test_ranks_tell_each_other_what_they_drew() -> None:
+    """Odd counts, and all that a largest logit can be; always by one width and from addresses that divide by 16, so that one kernel serves."""
+    barrier, table = threading.Barrier(SIZE), [torch.empty(0)] * SIZE
+    groups = [Together(rank, barrier, table) for rank in range(SIZE)]
+    for group, memory in zip(groups, memories(), strict=True):
+        group.sums = Meeting(group, memory, dim=64, dtype=torch.float64)  # type: ignore[arg-type]
+
+    def rank(group: Together) -> None:
+        shares = RowShares(group, device=torch.device("cpu"))
+        for rows in (128, 129, 160, 161, 128):
+            tokens_Q = (torch.arange(rows) * 7919 + rows) % 128_256
+            best_Q = torch.linspace(-30, 30, rows)
+            best_Q[[0, 70, rows - 1]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+            mine = shares.mine(rows)
+            assert mine is not None
+            told_Q, told_best_Q = shares.tell(tokens_Q[mine], best_Q[mine], rows=rows)
+            assert torch.equal(told_Q, tokens_Q)
+            torch.testing.assert_close(told_best_Q, best_Q, equal_nan=True, rtol=0, atol=0)
+            assert told_Q.data_ptr() % 16 == told_best_Q.data_ptr() % 16 == 0
+
+    with ThreadPoolExecutor(SIZE) as pool:
+        list(pool.map(rank, groups))
+    assert {width % 16 for group in groups for width in group.told} == {0}
 
 
 def test_regions_are_used_in_turn_and_end_where_they_began() -> None:

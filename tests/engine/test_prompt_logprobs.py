@@ -86,9 +86,9 @@ def test_logits_of_a_long_prompt_are_never_there_all_at_once(tiny_model_dir: Pat
     runner = engine._executor._rank.runner
     head, seen = runner._head, []
 
-    def counting(hidden_RD: torch.Tensor) -> torch.Tensor:
+    def counting(hidden_RD: torch.Tensor, mine: slice | None = None) -> torch.Tensor:
         seen.append(len(hidden_RD))
-        return head(hidden_RD)
+        return head(hidden_RD, mine)
 
     runner._head = counting
     prompt = [5 + i % 290 for i in range(700)]
