@@ -7,6 +7,8 @@ JSON files, never its weights, and creates no CUDA context.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,17 @@ from engine.models.spec import ModelSpec
 from headrace.config import PytorchEngineConfig, TurbomindEngineConfig
 from headrace.errors import InvalidRequest, ModelLoadError, UnsupportedOption
 
+log = logging.getLogger(__name__)
+
 DTypeName = Literal["float32", "float16", "bfloat16"]
 DeviceName = Literal["cpu", "cuda"]
 
-# What `max_batch_size=None` stands for. 8B on one H200 made 29 % more tokens a second with 1,024 than with 128 (docs/decisions/0017).
-_MAX_RUNNING = {"cpu": 128, "cuda": 1024}
+# What `max_batch_size=None` stands for on GPUs of at least so many GiB. 8B on one H200 made 29 % more tokens a second with 1,024 than with 128
+# (docs/decisions/0017); but each running request needs room for its logits, which on a small GPU would take the KV pool's place.
+_MAX_RUNNING = ((64, 1024), (40, 512), (20, 256), (0, 128))
+_MAX_RUNNING_ON_CPU = 128
+_ASKING_S = 20.0
+"""A driver that nobody keeps awake takes a second a GPU to answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +90,7 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
         model_path=info.path,
         tp=config.tp,
         session_len=_session_len(config.session_len, info),
-        max_batch_size=config.max_batch_size or _MAX_RUNNING[device],
+        max_batch_size=config.max_batch_size or _max_running(device),
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks,
         max_prefill_token_num=config.max_prefill_token_num,
@@ -159,6 +167,25 @@ def _device(config: PytorchEngineConfig) -> DeviceName:
     if config.tp > count:
         raise InvalidRequest(f"tp={config.tp} needs as many CUDA devices; this host shows {count}", param="tp")
     return "cuda"
+
+
+def _max_running(device: DeviceName) -> int:
+    """Give what a device runs at once where nobody says it; among GPUs the host's smallest counts."""
+    if device == "cpu":
+        return _MAX_RUNNING_ON_CPU
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        # Asked here, it costs no CUDA context: a parent of engines would hold 500 MiB of the GPU for one number.
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_ASKING_S, check=True).stdout  # noqa: S603
+        gib = min(int(line) for line in said.splitlines()) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        gib = _MAX_RUNNING[0][0]
+        log.warning(
+            "nvidia-smi doesn't say how much memory the GPU has (%s): it is taken for a large one; set max_batch_size for a small one",
+            error,
+            extra={"event": "gpu_memory_unknown"},
+        )
+    return next(count for least, count in _MAX_RUNNING if gib >= least)
 
 
 def _dtype(config: PytorchEngineConfig, info: ModelInfo, device: DeviceName) -> DTypeName:

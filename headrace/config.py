@@ -191,7 +191,7 @@ class PytorchEngineConfig(_Wire):
     session_len: int | None = None
     """Most tokens (prompt and output) of one sequence; None: what the model's config allows."""
     max_batch_size: int | None = 128
-    """Most sequences that run at once; None: by device, 1,024 on a GPU and 128 on a CPU."""
+    """Most sequences that run at once; None: by device, 128 on a CPU, on a GPU by its memory: 1,024 from 64 GiB, 512 from 40, 256 from 20, else 128."""
     eviction_type: Literal["recompute", "copy"] = "recompute"
     """What becomes of a sequence that gives its KV blocks to others."""
     prefill_interval: int = 16
@@ -261,7 +261,7 @@ class TurbomindEngineConfig(_Wire):
     session_len: int | None = None
     """Most tokens (prompt and output) of one sequence; None: what the model's config allows."""
     max_batch_size: int | None = 128
-    """Most sequences that run at once; None: by device, 1,024 on a GPU and 128 on a CPU."""
+    """Most sequences that run at once; None: by device, 128 on a CPU, on a GPU by its memory: 1,024 from 64 GiB, 512 from 40, 256 from 20, else 128."""
     cache_max_entry_count: float = 0.5
     """Below 1: fraction of the memory left for the KV pool; a whole number from 1: KV blocks."""
     quant_policy: int = 0

@@ -70,8 +70,33 @@ def test_a_batch_size_of_none_goes_by_the_device(tiny_model_dir: Path, kind: Any
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert resolve(str(tiny_model_dir), kind(max_batch_size=None)).max_batch_size == 128
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert resolve(str(tiny_model_dir), kind(max_batch_size=None)).max_batch_size == 1024
     assert resolve(str(tiny_model_dir), kind()).max_batch_size == 128, "the document's"
+
+
+# An H200; an A100 of 40 GB; a 4090 beside an A6000; a T4; a driver that fails; one that doesn't say (MIG); no GPU after all; no such program.
+@pytest.mark.parametrize(
+    ("said", "status", "count"),
+    [
+        ("143771", 0, 1024),
+        ("40960", 0, 512),
+        ("49140\n24564", 0, 256),
+        ("15360", 0, 128),
+        ("NVIDIA-SMI has failed", 9, 1024),
+        ("[N/A]", 0, 1024),
+        ("", 0, 1024),
+        (None, 0, 1024),
+    ],
+)
+def test_a_batch_size_of_none_goes_by_the_memory_of_the_smallest_gpu(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, status: int, count: int
+) -> None:
+    if said is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho '{said}'\nexit {status}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert resolve(str(tiny_model_dir), PytorchEngineConfig(max_batch_size=None)).max_batch_size == count
 
 
 def test_turbomind_fields_arrive(tiny_model_dir: Path) -> None:
