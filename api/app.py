@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 
-from api import batches, docs, files, health, models, problems, results
+from api import batches, docs, files, health, metrics, models, problems, results
 from api.auth import require_key
 from api.examples import problems as problem_responses
 from api.file_batches import Readers
@@ -61,6 +61,7 @@ def create_app(settings: Settings, *, store: Store | None = None, broker: Broker
     for router in (batches.router, results.router, files.router, models.router):
         app.include_router(router, **locked)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     docs.install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_file_bytes=settings.max_file_bytes)

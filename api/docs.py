@@ -19,7 +19,8 @@ from fastapi import FastAPI, Request, Response
 from pydantic.json_schema import models_json_schema
 
 from api.examples import problem_kinds, restore_nulls
-from headrace.schemas import BatchCreate, Problem
+from api.problems import Problem
+from headrace.schemas import BatchCreate
 
 _REF = "#/components/schemas/"
 # The browser itself checks that nothing comes from elsewhere, and a batch's text could never run as a script here.
@@ -271,7 +272,8 @@ def _problem_section() -> str:
     return (
         '<section><h2 id="problems">Problems</h2><p>Every error is <code>application/problem+json</code> (RFC 9457) with '
         "<code>code</code>, <code>status</code>, <code>detail</code>, the offending <code>param</code> or prompt <code>index</code>, "
-        "<code>errors</code> where there are several, and the <code>request_id</code> that the log has too. A prompt that fails alone "
+        "<code>errors</code> where there are several, and the <code>request_id</code> that the log has too; <code>error</code> is OpenAI's form of the "
+        "same. A prompt that fails alone "
         "carries the same codes in its completion's <code>error</code>.</p>"
         f"<table><tr><th>Code</th><th>Status</th><th>Meaning</th></tr>{rows}</table></section>"
     )

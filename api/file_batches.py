@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from typing import TYPE_CHECKING, Final
 
 from api.auth import Caller
@@ -18,6 +19,7 @@ from headrace.batch_input import Rules, first_config
 from headrace.dataset import MAX_LINE_BYTES
 from headrace.errors import InvalidRequest, NotFound, StorageFull, StoreUnavailable
 from headrace.schemas import BatchCreate
+from headrace.upkeep import sweep
 
 if TYPE_CHECKING:
     from headrace.store import Store
@@ -90,8 +92,8 @@ def _no_file(file_id: str) -> NotFound:
 class Readers:
     """Threads that read the files of batches while they are `validating`: those of this process's requests, and those left behind.
 
-    They also go on with cancels and deletions that were too long for a request, and count the bytes of the files of batches that
-    are over.
+    They also go on with cancels and deletions that were too long for a request, count the bytes of the files of batches that are over,
+    and end what is due: a batch's window is over though no worker runs.
     """
 
     def __init__(self, services: Services) -> None:
@@ -99,6 +101,8 @@ class Readers:
         self._services = services
         self._work = threading.Event()
         self._stop = threading.Event()
+        self._sweeping = threading.Lock()
+        self._sweep_at = 0.0
         self._threads = [
             threading.Thread(target=self._run, name=f"headrace-reader-{number}", daemon=True) for number in range(READERS)
         ]
@@ -137,6 +141,7 @@ class Readers:
                     self._work.set()
                     self._services.send_chunks(model=self._services.store.get_batch(done).model)
                 self._services.store.close_and_erase(stop=self._stop.is_set)
+                self._sweep_when_due()
                 while count_next(self._services.store, stop=self._stop.is_set):
                     pass
             except (StoreUnavailable, StorageFull) as error:
@@ -153,3 +158,12 @@ class Readers:
                     extra={"event": "read_failed"},
                 )
                 self._stop.wait(1.0)
+
+    def _sweep_when_due(self) -> None:
+        if time.monotonic() < self._sweep_at or not self._sweeping.acquire(blocking=False):
+            return
+        try:
+            self._sweep_at = time.monotonic() + self._services.settings.reconcile_interval_s
+            sweep(self._services.store, self._services.settings, stop=self._stop.is_set)
+        finally:
+            self._sweeping.release()

@@ -215,6 +215,12 @@ class _Upload:
             self._files.abandon(self._id)
 
 
+Purpose = Literal[
+    "batch", "batch_output", "assistants", "assistants_output", "fine-tune", "fine-tune-results", "vision", "user_data", "evals"
+]  # fmt: skip
+"""Those of OpenAI's Files API. A client that asks for all files of another kind gets none, as it would where it has none."""
+
+
 @router.get("", response_model=FilePage, summary="List files", responses={200: examples.FILES, **examples.problems(404, 422)})
 def list_files(
     services: ServicesDep,
@@ -223,8 +229,10 @@ def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[
-        Literal["batch", "batch_output"] | None,
-        Query(description="Uploads, or the files of batches' answers; both when left out."),
+        Purpose | None,
+        Query(
+            description="`batch`: uploads; `batch_output`: the files of batches' answers; both when left out. There are none of OpenAI's others."
+        ),
     ] = None,
 ) -> Response:
     """Return a page of files, newest first: uploads, and the output and error files of batches that are over."""

@@ -24,7 +24,7 @@ async def healthz() -> Response:
 
 @router.get("/readyz", response_model=Health, summary="Readiness", responses={200: examples.READY, 503: examples.NOT_READY})
 def readyz(services: ServicesDep) -> Response:
-    """Check the store, Redis, and that each served model has a worker with a fresh heartbeat; 503 when one is missing."""
+    """Check the store, Redis, and that each served model has a worker with a fresh heartbeat that takes chunks; 503 when one is missing."""
     models = services.settings.served_models
     checks = [
         _check("store", partial(_store, services)),
@@ -49,7 +49,7 @@ def _store(services: Services) -> tuple[bool, str]:
 
 
 def _redis(services: Services) -> tuple[bool, str]:
-    waiting = services.broker.count_waiting(services.settings.model)
+    waiting = sum(services.broker.count_waiting(model) for model in services.settings.served_models)
     return True, f"answers; {waiting} chunks wait"
 
 
@@ -57,7 +57,12 @@ def _worker(services: Services, model: str) -> tuple[bool, str]:
     workers = [worker for worker in services.store.list_workers() if worker.model == model]
     # By the database's clock; a worker that could not renew its leases for so long has lost its chunks too.
     alive = [worker for worker in workers if worker.age_s < services.settings.lease_s]
-    if alive:
-        return True, f"{len(alive)} with a fresh heartbeat: {', '.join(worker.id for worker in alive[:5])}"
-    lost = f"; {len(workers)} stopped reporting" if workers else ""
-    return False, f"no worker with a fresh heartbeat{lost}. Start one: headrace worker --model {model}"
+    if not alive:
+        lost = f"; {len(workers)} stopped reporting" if workers else ""
+        return False, f"no worker with a fresh heartbeat{lost}. Start one: headrace worker --model {model}"
+    # A heartbeat comes from a thread of its own: it says nothing of whether the worker still takes chunks.
+    pulse = services.store.pulses.read().get(model)
+    if pulse is not None and pulse.is_stalled:
+        waits = f"{pulse.sent} chunks wait in Redis, the oldest for {pulse.oldest_sent_s:.0f} s"
+        return False, f"{len(alive)} with a fresh heartbeat, but none takes chunks: {waits}. Restart them"
+    return True, f"{len(alive)} with a fresh heartbeat: {', '.join(worker.id for worker in alive[:5])}"

@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from api.problems import MAX_ERRORS, InvalidBody, invalid_body
+from api.problems import MAX_ERRORS, FieldError, InvalidBody, invalid_body
 from headrace.batch import ROWS
 from headrace.errors import InvalidRequest, ModelNotFound
-from headrace.schemas import BatchCreate, FieldError
+from headrace.schemas import BatchCreate
 from headrace.settings import Settings
 
 

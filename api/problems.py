@@ -1,7 +1,6 @@
 """Every error leaves as RFC 9457 `application/problem+json`: this module turns exceptions into that form, and knows nothing else.
 
-`code`, `param`, `type` and `message` lie where OpenAI's client looks for them, so its exceptions carry them too. What headrace did not expect
-leaves as a 500 that says where to look (the request id) and nothing of what was inside.
+The member `error` is OpenAI's form of the same, the only part that some of its clients read. What headrace did not expect leaves as a 500 that says where to look (the request id) and nothing of what was inside.
 """
 
 from __future__ import annotations
@@ -10,16 +9,15 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from headrace.errors import HeadraceError, InvalidRequest, NotFound, NotStored
-from headrace.schemas import FieldError, Problem
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +27,57 @@ MAX_ERRORS = 100
 SERVER_FAULT = 500
 _RETRY_AFTER_S: Final = {429: 30, 503: 5, 507: 5}
 """What these tell the client to wait: prompts are answered slowly, a database comes back soon."""
+
+
+_OpenAIKind = Literal["invalid_request_error", "rate_limit_error", "server_error"]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FieldError(_Shape):
+    """One thing that is wrong with a request."""
+
+    index: int | None = Field(default=None, description="Position of the prompt, when it is about one.")
+    field: str | None = Field(default=None, description="The field, dotted.")
+    message: str
+
+
+class OpenAIError(_Shape):
+    """What OpenAI's clients make their exceptions of: those for Python, Node and Go look for `error` first, the last two nowhere else."""
+
+    message: str
+    type: _OpenAIKind
+    param: str | None = None
+    code: str
+
+
+class Problem(_Shape):
+    """RFC 9457, and OpenAI's `error` beside it."""
+
+    type: str = Field(description="A link to what this kind of problem means.")
+    title: str
+    status: int
+    detail: str
+    message: str = Field(description="The same as `detail`.")
+    instance: str | None = None
+    code: str
+    param: str | None = None
+    index: int | None = None
+    errors: list[FieldError] | None = None
+    request_id: str | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def error(self) -> OpenAIError:
+        """The same in OpenAI's form."""
+        kind: _OpenAIKind = "invalid_request_error"
+        if self.status >= SERVER_FAULT:
+            kind = "server_error"
+        elif self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            kind = "rate_limit_error"
+        return OpenAIError(message=self.detail, type=kind, param=self.param, code=self.code)
 
 
 class InvalidBody(InvalidRequest):

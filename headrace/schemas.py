@@ -360,30 +360,6 @@ class ModelList(_Shape):
     data: list[ModelOut]
 
 
-class FieldError(_Shape):
-    """One thing that is wrong with a request."""
-
-    index: int | None = Field(default=None, description="Position of the prompt, when it is about one.")
-    field: str | None = Field(default=None, description="The field, dotted.")
-    message: str
-
-
-class Problem(_Shape):
-    """RFC 9457. `code`, `param`, `type` and `message` are where OpenAI's client looks for them too."""
-
-    type: str = Field(description="A link to what this kind of problem means.")
-    title: str
-    status: int
-    detail: str
-    message: str = Field(description="The same as `detail`: of what it gets, OpenAI's client shows this alone.")
-    instance: str | None = None
-    code: str
-    param: str | None = None
-    index: int | None = None
-    errors: list[FieldError] | None = None
-    request_id: str | None = None
-
-
 class Check(_Shape):
     """One thing that the service needs."""
 

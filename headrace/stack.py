@@ -350,6 +350,9 @@ def flower_arguments(*, port: int, address: str = "127.0.0.1") -> list[str]:
         f"--address={address}",
         f"--port={port}",
         f"--tasks-columns={FLOWER_COLUMNS}",
+        # By default they end at 10 s, which most chunks take, and workers that were replaced are listed for ever.
+        "--task-runtime-metric-buckets=1,2,5,10,30,60,120,300,600",
+        "--purge-offline-workers=3600",
     ]
 
 

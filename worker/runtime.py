@@ -13,7 +13,6 @@ This module knows no Celery; `worker.lifecycle` starts and ends it, `worker.task
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import threading
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from headrace.broker import Broker, dispatch
 from headrace.errors import HeadraceError, QueueUnavailable
 from headrace.ingest import read_next
+from headrace.upkeep import sweep
 from worker.host import EngineHost
 from worker.listener import Listener
 from worker.outage import HEALS, Outage
@@ -251,11 +251,7 @@ class Runtime:
 
     def reconcile(self) -> None:
         """Compare SQL with what is in flight, and send what is missing. Two of these at once do no harm."""
-        self.store.expire_batches()
-        retention_s = self.settings.retention_s if math.isfinite(self.settings.retention_s) else None
-        if retention_s is not None:
-            self.store.delete_outlived(retention_s=retention_s)
-        self.store.files.sweep(retention_s=retention_s)
+        sweep(self.store, self.settings)
         self.refill()
 
     def read_files(self) -> None:

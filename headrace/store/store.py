@@ -28,6 +28,7 @@ from headrace.store.admission import check_room
 from headrace.store.files import Files
 from headrace.store.ingest import Ingests
 from headrace.store.keys import Keys
+from headrace.store.pulse import Pulses
 from headrace.store.session import Database
 from headrace.store.values import ChunkMessage, ChunkRef, Claim, PendingPrompt, RecordResult, WorkerInfo
 
@@ -47,6 +48,7 @@ class Store:
         self.keys = Keys(self._database)
         self.files = Files(self._database)
         self.ingests = Ingests(self._database)
+        self.pulses = Pulses(self._database)
         if create:
             self.migrate()
 
@@ -59,8 +61,6 @@ class Store:
     def close(self) -> None:
         """Close every connection."""
         self._database.close()
-
-    # The database itself
 
     def migrate(self) -> None:
         """Bring the schema to this release's; several processes may call it at once."""
@@ -203,8 +203,8 @@ class Store:
         """Return how many prompts of all batches have neither answer nor error."""
         return self._database.read(batches.count_open_prompts)
 
-    def expire_batches(self) -> int:
-        """Sweep; return how many batches were touched. Several processes may sweep at once.
+    def expire_batches(self, *, stop: Callable[[], bool] = _never) -> int:
+        """Sweep; return how many batches were touched. Several processes may sweep at once. `stop`: see `close_and_erase`.
 
         Batches whose window is over end (their open prompts get 'batch_expired'), cancellations whose workers are gone are
         finished, batches whose sender went away before all was stored are given up, deletions that broke off are ended.
@@ -214,7 +214,7 @@ class Store:
             self._database.write(partial(batches.begin_expire, batch_id=batch_id))
         given_up = self._database.write(batches.give_up_stalled)
         self._database.write(turns.forget_idle)
-        return given_up + self.close_and_erase()
+        return given_up + self.close_and_erase(stop=stop)
 
     def close_and_erase(self, *, stop: Callable[[], bool] = _never) -> int:
         """Go on with cancellations, expiries and deletions where they were left; return how many batches are being stopped.

@@ -172,11 +172,11 @@ chunks = Table(
 )
 UNSENT = text("state = 'queued' AND sent_at IS NULL")
 LEASED = text("state = 'leased'")
-_SENT = text("sent_at IS NOT NULL")
+IN_FLIGHT = text("sent_at IS NOT NULL")
 _LIVE = text("state IN ('queued', 'leased')")
 Index("ix_chunks_unsent", chunks.c.batch_id, chunks.c.number, sqlite_where=UNSENT, postgresql_where=UNSENT)
 Index("ix_chunks_leased", chunks.c.lease_until, sqlite_where=LEASED, postgresql_where=LEASED)
-Index("ix_chunks_in_flight", chunks.c.model, chunks.c.sent_at, sqlite_where=_SENT, postgresql_where=_SENT)
+Index("ix_chunks_in_flight", chunks.c.model, chunks.c.sent_at, sqlite_where=IN_FLIGHT, postgresql_where=IN_FLIGHT)
 Index("ix_chunks_open", chunks.c.batch_id, chunks.c.number, sqlite_where=_LIVE, postgresql_where=_LIVE)
 
 completions = Table(

@@ -33,6 +33,7 @@ def settings(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
         max_prompts=30_000,
         dispatch_window=8,
         chunk_size=16,
+        reconcile_interval_s=1.0,
     )
 
 

@@ -317,6 +317,10 @@ def test_a_file_that_expires_says_when(client: openai.OpenAI) -> None:
         client.files.create(file=("a.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at"})  # type: ignore[typeddict-item]
     assert refused.value.param == "expires_after[seconds]", "half of it would be ignored"
     assert [stored.id for stored in client.files.list()] == [file.id], "nothing of the refused ones is stored"
+    assert list(client.files.list(purpose="fine-tune")) == [], "there is none of another kind"
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.files.list(purpose="nonsense")
+    assert refused.value.param == "purpose"
 
 
 def test_a_file_of_plain_rows_is_a_batch_with_one_config(client: openai.OpenAI, api: LiveApi, store: Store) -> None:

@@ -69,8 +69,13 @@ def test_problems_carry_what_the_client_looks_for(client: openai.OpenAI) -> None
     with pytest.raises(openai.NotFoundError) as caught:
         client.batches.retrieve("batch_" + "0" * 32)
     assert caught.value.code == "not_found"
-    assert caught.value.type == "/docs#problem-not_found"
+    assert caught.value.type == "invalid_request_error"
     assert caught.value.request_id
+    # OpenAI's clients for Node and Go read nothing but `error`; what headrace adds is beside it.
+    problem = caught.value.response.json()
+    inner = {"message": problem["detail"], "type": "invalid_request_error", "param": "batch_id", "code": "not_found"}
+    assert problem["error"] == inner
+    assert problem["type"] == "/docs#problem-not_found"
     with pytest.raises(openai.NotFoundError) as refused:
         client.batches.create(input_file_id="file-1", endpoint="/v1/chat/completions", completion_window="24h")
     assert refused.value.param == "input_file_id"

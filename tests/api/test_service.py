@@ -17,11 +17,15 @@ import jsonschema
 import psutil
 import pytest
 from live_api import LiveApi
+from prometheus_client.parser import text_string_to_metric_families
 from servers import RedisServer, free_port, wait_until
+from sqlalchemy import update
+from store_driver import execute
 
 from headrace.broker import Broker
 from headrace.settings import Settings
 from headrace.store import Store
+from headrace.store.tables import chunks, now
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +73,67 @@ def test_a_silent_worker_is_no_worker(settings: Settings, store: Store, broker: 
         assert "stopped reporting" in http.get("/readyz").json()["checks"][2]["detail"]
         store.heartbeat("a@host")
         assert http.get("/readyz").status_code == 200
+
+
+def test_a_worker_that_takes_no_chunks_is_not_ready(settings: Settings, store: Store, broker: Broker) -> None:
+    """Its heartbeat is fresh: it comes from a thread of its own."""
+    store.register_worker("a@host", host="host", model="echo")
+    with LiveApi(replace(settings, models="echo"), store=store, broker=broker) as api, api.http() as http:
+        assert http.post("/v1/batches", json={"prompts": ["a"] * 40}).status_code == 202
+        assert http.get("/readyz").status_code == 200
+        execute(store, update(chunks).values(sent_at=now() - 600))
+        reply = http.get("/readyz")
+        assert reply.status_code == 503
+        assert "1 with a fresh heartbeat, but none takes chunks: 3 chunks wait in Redis, the oldest for 60" in reply.text
+        assert "3 chunks wait" in reply.json()["checks"][1]["detail"]
+
+
+def test_metrics(http: httpx.Client, store: Store, redis_server: RedisServer) -> None:
+    def figures() -> dict[tuple[str, ...], float]:
+        reply = http.get("/metrics")
+        assert reply.status_code == 200, reply.text
+        assert reply.headers["content-type"].startswith("text/plain; version=")
+        families = list(text_string_to_metric_families(reply.text))
+        assert len({family.name for family in families}) == len(families)
+        # Labels stand by name: the model before the worker.
+        return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+    assert figures()["headrace_redis_messages", "echo"] == 0
+    created = http.post("/v1/batches", json={"prompts": ["secret"] * 40, "completion_window": "1h"})
+    engine = {"running": 5, "generated_tokens": 700, "is_alive": True}
+    store.register_worker("gpu1@host", host="host", model="echo", stats={"rows_recorded": 12, "engine": engine, "pid": 1})
+    store.register_worker("new@host", host="host", model="echo")
+    found = figures()
+    assert found["headrace_open_batches", "echo", "in_progress"] == 1
+    assert found["headrace_open_prompts", "echo"] == 40
+    assert (found["headrace_chunks", "echo", "sent"], found["headrace_redis_messages", "echo"]) == (3, 3)
+    assert 3_500 < found["headrace_next_deadline_seconds", "echo"] <= 3_600
+    assert found["headrace_worker_rows_recorded_total", "echo", "gpu1@host"] == 12
+    assert found["headrace_engine_generated_tokens_total", "echo", "gpu1@host"] == 700
+    assert found["headrace_engine_running", "echo", "gpu1@host"] == 5
+    assert found["headrace_worker_heartbeat_age_seconds", "echo", "new@host"] < 60
+    assert "secret" not in http.get("/metrics").text
+    assert created.json()["id"] not in http.get("/metrics").text
+    redis_server.stop()
+    try:
+        without = figures()
+        assert ("headrace_redis_messages", "echo") not in without
+        assert without["headrace_open_prompts", "echo"] == 40
+    finally:
+        redis_server.start()
+
+
+def test_windows_and_files_end_though_no_worker_runs(api: LiveApi, http: httpx.Client, store: Store) -> None:
+    """And the place of a batch that is over is free again."""
+    created = http.post("/v1/batches", json={"prompts": ["a", "b"], "completion_window": "1s"})
+    file_id = store.files.begin(filename="a.jsonl", purpose="batch")
+    store.files.append(file_id, 0, b"{}")
+    store.files.complete(file_id, size=2, lines=1, parts=1, expires_in_s=1.0)
+    path = f"/v1/batches/{created.json()['id']}"
+    wait_until(lambda: http.get(path).json()["status"] == "expired", timeout_s=15)
+    rows = http.get(f"{path}/results").json()["data"]
+    assert [row["error"]["code"] for row in rows] == ["batch_expired"] * 2
+    wait_until(lambda: http.get(f"/v1/files/{file_id}").status_code == 404, timeout_s=15)
 
 
 def test_with_a_key_everything_under_v1_needs_it(
@@ -145,7 +210,7 @@ def test_the_documentation_needs_no_network(http: httpx.Client) -> None:
 def test_every_operation_has_an_example_that_fits_its_schema(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
-    assert len(operations) == 17
+    assert len(operations) == 18
     checked = 0
     for operation in operations:
         assert operation["summary"]
