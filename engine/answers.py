@@ -17,6 +17,7 @@ from engine.request import TokenOutput, TokenRequest
 from engine.token_texts import TokenTexts
 from headrace.completion import Choice, Completion, CompletionError, FinishReason, TokenLogprobs, TokenText, TokenUsage
 from headrace.config import GenerationConfig
+from headrace.response import Response
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,23 @@ class Delta:
     """Of this choice, so far."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     """In the first piece of choice 0."""
+
+
+def piece_of(delta: Delta) -> Response:
+    """Return what a stream's reader gets."""
+    return Response(
+        text=delta.text,
+        generate_token_len=delta.completion_tokens,
+        finish_reason=delta.finish_reason,
+        index=delta.index,
+        session_id=delta.index,
+        input_token_len=delta.prompt_tokens,
+        token_ids=delta.token_ids,
+        logprobs=delta.logprobs,
+        prompt_logprobs=delta.prompt_logprobs,
+        stop_detail=delta.stop_detail,
+        choice=delta.choice,
+    )
 
 
 class Piece(NamedTuple):

@@ -6,18 +6,17 @@ once, and from inside a running event loop.
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import count, repeat
 from typing import Any, Literal, NamedTuple, Self, overload
 
-from engine.answers import Delta
+from engine import async_calls
+from engine.answers import Delta, piece_of
 from engine.frontend import Frontend
 from engine.perplexity import mean_cross_entropy
 from engine.sessions import RunningSessions, Session
@@ -135,7 +134,7 @@ class AsyncEngine:
         call = _sort_out(prompts, GenerationConfig() if gen_config is None else gen_config)
         return self._deltas(call.pairs, do_preprocess=do_preprocess)
 
-    async def generate(
+    def generate(
         self,
         prompt: Any,
         gen_config: GenerationConfig | None = None,
@@ -147,44 +146,25 @@ class AsyncEngine:
 
         `session_id`: a number of the caller's for `stop_session`. Raise `InvalidRequest` while another request runs under it.
         """
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Response | None] = asyncio.Queue()
+        config = _one(gen_config)
 
-        def put(piece: Response | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        def submit(finish: Callable[[Completion], None], on_delta: Callable[[Delta], None]) -> int:
+            return self.frontend.submit(prompt, config, finish, do_preprocess=do_preprocess, on_delta=on_delta)
 
-        def finish(completion: Completion) -> None:
-            if completion.error is not None:
-                put(Response.of(completion))
-            put(None)
-
-        def submit() -> int:
-            return self.frontend.submit(
-                prompt, _one(gen_config), finish, do_preprocess=do_preprocess, on_delta=lambda delta: put(_piece(delta))
-            )
-
-        with ExitStack() as stack:
-            entering = loop.run_in_executor(None, stack.enter_context, self._running.run(session_id, submit))
-            try:
-                await asyncio.shield(entering)
-            except asyncio.CancelledError:  # the thread goes on: what it submits would run, and hold its id, for nobody
-                entering.add_done_callback(lambda _: stack.close())
-                raise
-            while (piece := await pieces.get()) is not None:
-                yield piece if session_id is None else replace(piece, session_id=session_id)
+        return async_calls.stream(self._running, submit, session_id)
 
     async def async_batch_infer(self, prompts: Any, gen_config: GenConfigs = None, *, do_preprocess: bool = True) -> Any:
-        """Do what `batch_infer` does without blocking the event loop. Prompts from an iterator give a list too.
+        """Do what `batch_infer` does without blocking the event loop. Prompts from an iterator give a list too, in their order.
 
-        Cancelling it doesn't stop what was submitted.
+        Cancelling it aborts what isn't answered.
         """
+        config = GenerationConfig() if gen_config is None else gen_config
 
-        def infer() -> Any:
-            answer = self.batch_infer(prompts, gen_config, do_preprocess=do_preprocess)
-            return list(answer) if isinstance(answer, Iterator) else answer
+        def infer(done: async_calls.Done) -> Any:
+            answer = self._generate(prompts, config, do_preprocess=do_preprocess, done=done)
+            return sorted(answer, key=_index) if isinstance(answer, Iterator) else answer
 
-        return await asyncio.to_thread(infer)
+        return await async_calls.in_thread(infer)
 
     def session(self) -> Session:
         """Return a new conversation for `chat`."""
@@ -223,6 +203,12 @@ class AsyncEngine:
         With `stream_response` the answer comes piece by piece; the turn is in the history when the last piece was read.
         Raise `InvalidRequest` while another turn of the session runs.
         """
+        if not isinstance(prompt, str):
+            message = f"chat takes the next turn's text, not {type(prompt).__name__}; call the object itself for conversations"
+            raise InvalidRequest(message, param="prompt")
+        if not isinstance(session, Session | None):
+            message = f"session is what `session()` or an earlier `chat` returned, not {type(session).__name__}"
+            raise InvalidRequest(message, param="session")
         session = session or self.session()
         turn = self._turn(session, prompt, _one(gen_config), is_streamed=stream_response)
         if stream_response:
@@ -235,11 +221,18 @@ class AsyncEngine:
         news: queue.SimpleQueue[Delta | Completion] = queue.SimpleQueue()
         on_delta = news.put if is_streamed else None
         submit = partial(self.frontend.submit, session.messages(prompt), config, news.put, on_delta=on_delta)
-        with self._running.run(session.session_id, submit):
+        ends: list[Response] = []
+        with self._running.run(("chat", session.session_id), submit):
             while isinstance(piece := news.get(), Delta):
-                yield replace(_piece(piece), session_id=session.session_id)
+                own = replace(piece_of(piece), session_id=session.session_id)
+                # A reader may leave at a `finish_reason`: the turn is in the history before it sees one.
+                if own.finish_reason is not None:
+                    ends.append(own)
+                else:
+                    yield own
         response = replace(Response.of(piece), session_id=session.session_id)
         session.keep(prompt, response)
+        yield from ends
         if is_streamed and response.error_code is not None:
             yield response
 
@@ -280,31 +273,43 @@ class AsyncEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _generate(self, prompts: Any, gen_config: GenerationConfig | Sequence[GenerationConfig], *, do_preprocess: bool) -> Any:
+    def _generate(
+        self,
+        prompts: Any,
+        gen_config: GenerationConfig | Sequence[GenerationConfig],
+        *,
+        do_preprocess: bool,
+        done: async_calls.Done | None = None,
+    ) -> Any:
         call = _sort_out(prompts, gen_config)
-        responses = self._responses(call.pairs, do_preprocess=do_preprocess)
+        responses = self._responses(call.pairs, do_preprocess=do_preprocess, done=done)
         if call.shape == "lazy":
             return responses
         if call.shape == "single":
             return next(responses)
-        return sorted(responses, key=lambda response: response.index)
+        return sorted(responses, key=_index)
 
-    def _responses(self, pairs: Iterator[tuple[Any, GenerationConfig]], *, do_preprocess: bool) -> Iterator[Response]:
-        """Submit as far ahead as keeps the engine busy, and no further: a million prompts need no million token lists."""
-        done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+    def _responses(
+        self, pairs: Iterator[tuple[Any, GenerationConfig]], *, do_preprocess: bool, done: async_calls.Done | None = None
+    ) -> Iterator[Response]:
+        """Submit as far ahead as keeps the engine busy, and no further: a million prompts need no million token lists.
+
+        `done`: where answers are put; a None in it ends the call.
+        """
+        done = queue.SimpleQueue() if done is None else done
         handles: dict[int, int] = {}
         try:
             for index, (prompt, config) in enumerate(pairs):
                 handles[index] = self.frontend.submit(prompt, config, done.put, index=index, do_preprocess=do_preprocess)
                 while len(handles) >= 2 * self.frontend.window or (handles and not done.empty()):
-                    completion = done.get()
+                    if (completion := done.get()) is None:
+                        return
                     del handles[completion.index]
                     yield Response.of(completion)
-            while handles:
-                completion = done.get()
+            while handles and (completion := done.get()) is not None:
                 del handles[completion.index]
                 yield Response.of(completion)
-        finally:  # the caller left early (an error, Ctrl-C, a dropped iterator)
+        finally:  # the caller left early (an error, Ctrl-C, a dropped iterator, a cancelled task)
             for handle in handles.values():
                 self.frontend.abort(handle)
 
@@ -323,7 +328,7 @@ class AsyncEngine:
                     return
                 piece = news.get()
                 if isinstance(piece, Delta):
-                    yield _piece(piece)
+                    yield piece_of(piece)
                     continue
                 del handles[piece.index]
                 if piece.error is not None:
@@ -333,20 +338,8 @@ class AsyncEngine:
                 self.frontend.abort(handle)
 
 
-def _piece(delta: Delta) -> Response:
-    return Response(
-        text=delta.text,
-        generate_token_len=delta.completion_tokens,
-        finish_reason=delta.finish_reason,
-        index=delta.index,
-        session_id=delta.index,
-        input_token_len=delta.prompt_tokens,
-        token_ids=delta.token_ids,
-        logprobs=delta.logprobs,
-        prompt_logprobs=delta.prompt_logprobs,
-        stop_detail=delta.stop_detail,
-        choice=delta.choice,
-    )
+def _index(response: Response) -> int:
+    return response.index
 
 
 def _sort_out(prompts: Any, gen_config: GenerationConfig | Sequence[GenerationConfig]) -> _Call:
@@ -396,4 +389,10 @@ def _merge_legacy(gen_config: GenConfigs, given: Mapping[str, Any]) -> Generatio
             warnings.warn(f"gen_config is given, so {', '.join(given)} is ignored", UserWarning, stacklevel=3)
         return gen_config
     values = {**LEGACY_DEFAULTS, **given}
-    return GenerationConfig(max_new_tokens=values.pop("request_output_len"), **values)
+    try:
+        return GenerationConfig(max_new_tokens=values.pop("request_output_len"), **values)
+    except InvalidRequest as error:
+        if error.param != "max_new_tokens":
+            raise
+        message = error.message.replace("max_new_tokens", "request_output_len", 1)
+        raise InvalidRequest(message, param="request_output_len") from None

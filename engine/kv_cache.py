@@ -74,6 +74,7 @@ def choose_num_blocks(options: EngineOptions, *, one_block: int, free: int) -> i
                 f"but {_gib(free)} are free; at most {free // one_block} fit",
                 param="num_gpu_blocks",
             )
+        _warn_if_small(options, options.num_blocks)
         return options.num_blocks
     allowed = int(free * options.cache_max_entry_count)
     if options.device == "cpu":
@@ -82,14 +83,24 @@ def choose_num_blocks(options: EngineOptions, *, one_block: int, free: int) -> i
     count = min(allowed // one_block, options.max_batch_size * options.max_blocks_per_sequence)
     if count < 1:
         raise KVCapacity(
-            f"{_gib(free)} of free memory hold no KV block of {one_block} bytes; use a smaller model or more memory"
+            f"{_gib(free)} of free memory hold no KV block of {one_block} bytes ({options.block_size} tokens); use a smaller model, "
+            "more memory or a smaller block_size",
+            param="block_size",
         )
-    if count < options.max_blocks_per_sequence:
-        log.warning(
-            "the KV pool is smaller than one session; longer prompts will be refused",
-            extra={"event": "kv_pool_small", "num_blocks": count, "session_blocks": options.max_blocks_per_sequence},
-        )
+    _warn_if_small(options, count)
     return count
+
+
+def _warn_if_small(options: EngineOptions, num_blocks: int) -> None:
+    if num_blocks < options.max_blocks_per_sequence:
+        log.warning(
+            "the KV pool of %d blocks of %d tokens is smaller than one session of %d tokens; longer prompts are refused, and answers end "
+            "where it is full",
+            num_blocks,
+            options.block_size,
+            options.session_len,
+            extra={"event": "kv_pool_small", "num_blocks": num_blocks, "session_blocks": options.max_blocks_per_sequence},
+        )
 
 
 def allocate(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import ModelLoadError
+from headrace.errors import InvalidRequest, ModelLoadError
 
 DEFAULT_MODEL = "smollm2"
 """The name of the model that comes as a wheel; `engine.default_model` converts it once."""
@@ -56,6 +56,8 @@ def locate_model(path_or_id: str | Path) -> Path:
 
     Raise `ModelLoadError` with one line that says what to do.
     """
+    if not isinstance(path_or_id, str | os.PathLike):
+        raise InvalidRequest(f"model_path is a directory or a hub id, not {type(path_or_id).__name__}", param="model_path")
     text = os.fspath(path_or_id)
     local = Path(text).expanduser()
     if text and local.is_dir():  # '' would be the current directory

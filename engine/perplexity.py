@@ -45,7 +45,10 @@ def mean_cross_entropy(frontend: Frontend, input_ids: Any) -> list[float]:
 def _take(completion: Completion, handles: dict[int, int], means: list[float]) -> None:
     del handles[completion.index]
     if completion.error is not None:
-        raise error_of(Failed(completion.error.code, f"sequence {completion.index}: {completion.error.message}"))
+        failed = Failed(completion.error.code, f"sequence {completion.index}: {completion.error.message}", "input_ids")
+        error = error_of(failed)
+        error.index = completion.index
+        raise error
     scores = completion.prompt_logprobs
     assert scores, "the engine gave no log-probabilities for a prompt that asked for them"
     means[completion.index] = -sum(one.logprob for one in scores) / len(scores)

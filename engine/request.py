@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from headrace.completion import CompletionError, FinishReason, TokenLogprobs
 from headrace.config import GenerationConfig
 
-LimitName = Literal["max_new_tokens", "session_len"]
+LimitName = Literal["max_new_tokens", "session_len", "kv_pool"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,5 +157,5 @@ def make_sequence(request: TokenRequest, *, arrival: int, session_len: int, num_
         request,
         arrival=arrival,
         max_new_tokens=request.max_new_tokens if fits else room,
-        limit=request.limit if fits else "session_len",
+        limit=request.limit if fits else "session_len" if longest <= capacity + 1 else "kv_pool",
     )

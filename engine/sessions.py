@@ -48,40 +48,66 @@ class Session:
         self.response = None
 
 
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A request that holds a key."""
+
+    handle: int | None = None
+    """None while it is being submitted."""
+    is_stopped: bool = False
+
+
+Key = tuple[str, int]
+"""Whose number it is ("chat", "generate"), and the number: a caller's own must not meet those that `chat` gave out."""
+
+
 class RunningSessions:
-    """At most one request for each session id at a time."""
+    """At most one request for each session at a time."""
 
     def __init__(self, abort: Callable[[int], None]) -> None:
         """`abort` ends the request of a handle, and does nothing for one that is answered."""
         self._abort = abort
-        self._lock = threading.Lock()
-        self._handles: dict[int, int] = {}
+        # Re-entrant: the garbage collector may end an abandoned stream on the thread that holds it.
+        self._lock = threading.RLock()
+        self._runs: dict[Key, _Run] = {}
 
     @contextmanager
-    def run(self, session_id: int | None, submit: Callable[[], int]) -> Iterator[int]:
-        """Submit, and hold the id until the block is left; what is unanswered then is aborted. None: no id is held.
+    def run(self, key: Key | None, submit: Callable[[], int]) -> Iterator[int]:
+        """Submit, and hold the key until the block is left or it is stopped; what is unanswered then is aborted. None: no key is held.
 
-        Raise `InvalidRequest` where a request already runs under the id.
+        Raise `InvalidRequest` where a request already runs under the key.
         """
-        with self._lock:  # submitted under the lock: a stop that comes now waits for the handle it is about
-            if session_id in self._handles:
-                raise InvalidRequest(
-                    f"a request of session {session_id} is still running; wait for it or stop it", param="session_id"
-                )
-            handle = submit()
-            if session_id is not None:
-                self._handles[session_id] = handle
+        run = _Run()
+        self._hold(key, run)
         try:
-            yield handle
+            # Not under the lock: preparing a long prompt takes seconds, in which others must be stopped, and streams may end.
+            run.handle = submit()
+            if run.is_stopped:
+                self._abort(run.handle)
+            yield run.handle
         finally:
-            self._abort(handle)
+            if run.handle is not None:
+                self._abort(run.handle)
             with self._lock:
-                if session_id is not None:
-                    del self._handles[session_id]
+                if key is not None and self._runs.get(key) is run:
+                    del self._runs[key]
+
+    def _hold(self, key: Key | None, run: _Run) -> None:
+        if key is None:
+            return
+        with self._lock:
+            if key in self._runs:
+                raise InvalidRequest(
+                    f"a request of session {key[1]} is still running; wait for it or stop it", param="session_id"
+                )
+            self._runs[key] = run
 
     def stop(self, session_id: int) -> None:
-        """Abort what runs under the id; nothing where nothing does."""
+        """Abort what runs under the number and free it; nothing where nothing runs."""
         with self._lock:
-            handle = self._handles.get(session_id)
-        if handle is not None:
-            self._abort(handle)
+            runs = [run for kind in ("chat", "generate") if (run := self._runs.pop((kind, session_id), None)) is not None]
+        for run in runs:
+            # In this order: what is submitted just now looks at the flag when it has its handle.
+            run.is_stopped = True
+            if run.handle is not None:
+                self._abort(run.handle)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from engine.template_families import FAMILIES, TemplateParts
 from engine.tokenizer import Tokenizer
-from headrace.config import ROLES, ChatTemplateConfig, Message
+from headrace.config import MESSAGE_FIELDS, ROLES, ChatTemplateConfig, Message
 from headrace.errors import InvalidRequest, UnsupportedOption
 
 OWN = "hf"
@@ -62,6 +62,12 @@ def _parse_message(number: int, message: object) -> Message:
         content = "\n".join(_text_part(number, part) for part in content)
     if not isinstance(content, str):
         raise InvalidRequest(f"message {number} ({role}) has no text in 'content'", param="messages")
+    unknown = sorted(str(key) for key, value in message.items() if key not in MESSAGE_FIELDS and value is not None)
+    if unknown:
+        raise UnsupportedOption(
+            f"message {number} ({role}) has a field {unknown[0]!r:.80}, which goes into no prompt; its fields are {', '.join(MESSAGE_FIELDS)}",
+            param="messages",
+        )
     name = message.get("name")
     if name is None:
         return {"role": role, "content": content}
@@ -208,6 +214,12 @@ def _own_template(tokenizer: Tokenizer, config: ChatTemplateConfig, *, is_asked_
         return RawTemplate(tokenizer, f"none: capability={config.capability!r}", config.stop_words)
     if config.capability == "infilling":
         raise InvalidRequest("capability='infilling' needs a template that has it: model_name='codellama'", param="capability")
+    if config.meta_instruction == "":
+        raise InvalidRequest(
+            "meta_instruction='' has no place in the tokenizer's own template, which may have a system text of its own; give a text, "
+            "or name one of our templates",
+            param="meta_instruction",
+        )
     if tokenizer.chat_template:
         return TokenizerTemplate(tokenizer, config.meta_instruction or "", "the tokenizer's own template", config.stop_words)
     if is_asked_for:

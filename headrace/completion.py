@@ -73,7 +73,7 @@ class Choice:
     """The generated tokens, without the stop token that ended them; all tokens up to a stop word's last one."""
     finish_reason: FinishReason
     stop_detail: str | None = None
-    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len'.
+    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len', 'kv_pool' (which holds no more of one sequence).
     An end token that the caller names, by its id or as a stop word, is the caller's."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Self, TypedDict
 
@@ -60,7 +61,8 @@ class GenerationConfig(_Wire):
     repetition_penalty: float = 1.0
     """Above 1 makes tokens of the prompt and the output less likely: logits above 0 are divided by it, others multiplied."""
     ignore_eos: bool = False
-    """Never stop on, and never emit, an end-of-sequence or stop token: exactly `max_new_tokens` tokens come back."""
+    """Never stop on, and never emit, an end-of-sequence or stop token: exactly `max_new_tokens` tokens come back, but where one of the
+    caller's `stop_words` that is no such token ends the text."""
     random_seed: int | None = None
     """64-bit seed; the same seed gives the same text whatever else runs, and choices draw apart. None: drawn for each prompt.
     In a call all prompts have this seed; in a batch or job each item's is made of it and the item's index."""
@@ -352,9 +354,10 @@ class ChatTemplateConfig(_Wire):
         )
 
     @classmethod
-    def from_json(cls, file_or_text: str) -> Self:
+    def from_json(cls, file_or_text: str | PathLike[str]) -> Self:
         """Read a JSON file, or JSON text, with this class's fields; raise `InvalidRequest` saying what is wrong with it."""
         try:
+            file_or_text = fspath(file_or_text)
             text = file_or_text if file_or_text.lstrip().startswith("{") else Path(file_or_text).read_text(encoding="utf-8")
             data = json.loads(text)
         except (OSError, ValueError) as error:

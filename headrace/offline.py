@@ -5,6 +5,7 @@ The one module of this package that reaches for the engine, and only when `pipel
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from headrace.config import ChatTemplateConfig, EngineConfig
@@ -34,6 +35,13 @@ def pipeline(
     except ModuleNotFoundError as error:
         if error.name not in ("engine", "engine.async_engine", "torch", "transformers"):
             raise
+        hidden_by = getattr(sys.modules.get("engine"), "__file__", None)
+        if error.name == "engine.async_engine" and hidden_by is not None:
+            raise ImportError(
+                f"{hidden_by} hides headrace's package 'engine', which pipeline() needs; give that file another name",
+                name=error.name,
+                path=hidden_by,
+            ) from error
         raise ImportError(
             f"pipeline() needs the engine, and {error.name!r} isn't installed: a wheel of headrace holds the client only. "
             "Clone the repository and run `pip install -e .` in it.",

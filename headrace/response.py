@@ -36,7 +36,7 @@ class Response:
     error_code: str | None = None
     error_message: str | None = None
     stop_detail: str | None = None
-    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len'.
+    """What ended it: 'eos', 'stop_token:<id>', 'stop_word:<text>', 'response_format', 'max_new_tokens', 'session_len', 'kv_pool' (which holds no more of one sequence).
     An end token that the caller names, by its id or as a stop word, is the caller's."""
     choice: int = 0
     """Which choice the fields above belong to."""

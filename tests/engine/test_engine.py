@@ -207,7 +207,7 @@ def test_the_session_length_ends_it_with_its_own_name():
     _, last, _, _ = run([request("x", [3] * 10, max_new_tokens=50, ignore_eos=True)], session_len=20)
     assert (last["x"].finish_reason, last["x"].stop_detail, len(last["x"].token_ids)) == ("length", "session_len", 10)
     _, last, _, _ = run([request("x", [3] * 10, max_new_tokens=200, ignore_eos=True)], num_blocks=2)
-    assert (last["x"].finish_reason, last["x"].stop_detail, len(last["x"].token_ids)) == ("length", "session_len", 23)
+    assert (last["x"].finish_reason, last["x"].stop_detail, len(last["x"].token_ids)) == ("length", "kv_pool", 23)
 
 
 def test_what_can_never_run_fails_alone():

@@ -160,6 +160,9 @@ def test_own_template_takes_a_system_text_and_no_other_part(tokenizer: Tokenizer
     assert template.encode(TALK) == choose(tokenizer).encode(TALK)
     with pytest.raises(InvalidRequest, match=r"ChatTemplateConfig\.user"):
         choose(tokenizer, ChatTemplateConfig("hf", user="U"))
+    with pytest.raises(InvalidRequest, match="a system text of its own") as refused:
+        choose(tokenizer, ChatTemplateConfig("hf", meta_instruction=""))
+    assert refused.value.param == "meta_instruction"
 
 
 @pytest.mark.parametrize("capability", ["completion", "python"])
@@ -222,11 +225,19 @@ def test_roles_only_select(role: Any) -> None:
         [{"role": "user", "content": ""}],
         [{"role": "user", "content": "x", "name": 3}],
         [{"role": "user", "content": "x", "name": ["ann"]}],
+        [{"role": "user", "content": "x", "images": ["x.png"]}],
+        [{"role": "assistant", "content": "x", "tool_calls": [{}]}, {"role": "user", "content": "x"}],
     ],
 )
 def test_malformed_conversations(bad: Any) -> None:
     with pytest.raises(InvalidRequest):
         parse_messages(bad)
+
+
+def test_a_field_that_says_nothing_is_taken() -> None:
+    """OpenAI's clients write all fields of a message that they were given back."""
+    message = {"role": "assistant", "content": "x", "tool_calls": None, "refusal": None}
+    assert parse_messages([message, {"role": "user", "content": "y"}])[0] == {"role": "assistant", "content": "x"}
 
 
 def test_content_parts_are_joined_and_images_refused() -> None:
@@ -274,6 +285,7 @@ def test_a_config_from_json(tmp_path: Path) -> None:
     (tmp_path / "template.json").write_text(text)
     expected = ChatTemplateConfig("vicuna", meta_instruction="M", capability="chat", stop_words=("USER",))
     assert ChatTemplateConfig.from_json(text) == ChatTemplateConfig.from_json(str(tmp_path / "template.json")) == expected
+    assert ChatTemplateConfig.from_json(tmp_path / "template.json") == expected
     for wrong, words in (
         ("{", "can't be read"),
         ("/no/such/file", "can't be read"),

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from headrace import (
     UnsupportedOption,
     pipeline,
 )
+from headrace.errors import KVCapacity
 
 GREEDY = GenerationConfig(max_new_tokens=12)
 RANDOM = GenerationConfig(max_new_tokens=12, top_k=0, temperature=1.0)
@@ -118,6 +120,13 @@ def test_length_limits(pipe: AsyncEngine) -> None:
     assert (open_end.finish_reason, open_end.stop_detail) == ("length", "session_len")
 
 
+def test_a_pool_that_ends_answers_says_so(tiny_model_dir: Path) -> None:
+    with pipeline(str(tiny_model_dir), backend_config=replace(CONFIG, num_gpu_blocks=2)) as small:
+        answer = small("water", GenerationConfig(max_new_tokens=200, ignore_eos=True))
+    assert answer.input_token_len + len(answer.token_ids) == 33  # type: ignore[union-attr]
+    assert (answer.finish_reason, answer.stop_detail) == ("length", "kv_pool")  # type: ignore[union-attr]
+
+
 def test_stop_words_cut_the_text_across_tokens(pipe: AsyncEngine) -> None:
     whole = pipe("water", GenerationConfig(max_new_tokens=40, ignore_eos=True))
     start = next(
@@ -194,6 +203,12 @@ def test_legacy_arguments(pipe: AsyncEngine) -> None:
         pytest.warns(DeprecationWarning, match="ignore_eos"),
     ):
         assert len(pipe("water", request_output_len=5, ignore_eos=True).token_ids) == 5  # type: ignore[union-attr]
+    with (
+        pytest.warns(DeprecationWarning, match="request_output_len"),
+        pytest.raises(InvalidRequest, match="must be") as refused,
+    ):
+        pipe("water", request_output_len=0)
+    assert refused.value.param == "request_output_len"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loud = pipe("water", GREEDY, top_k=3, temperature=1.0)
@@ -380,6 +395,8 @@ def test_two_ranks_give_the_text_of_one(pipe: AsyncEngine, pair: AsyncEngine) ->
     ("change", "error", "words"),
     [
         ({"model_path": "/no/such/model"}, ModelLoadError, "/no/such/model"),
+        ({"model_path": None}, InvalidRequest, "model_path is a directory or a hub id, not NoneType"),
+        ({"backend_config": PytorchEngineConfig(block_size=1 << 30, device="cpu")}, KVCapacity, "a smaller block_size"),
         ({"model_path": "nobody/no-such-model"}, ModelLoadError, "no-such-model"),
         ({"model_name": "no-such-template"}, InvalidRequest, "no-such-template"),
         (

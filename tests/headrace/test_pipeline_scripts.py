@@ -122,6 +122,15 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_a_file_that_hides_the_engine_is_named(tmp_path: Path) -> None:
+    (tmp_path / "engine.py").write_text("")
+    (tmp_path / "script.py").write_text(
+        "import headrace\ntry:\n    headrace.pipeline('smollm2')\nexcept ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert f"{tmp_path / 'engine.py'} hides headrace's package 'engine'" in done.stdout
+
+
 def test_wheel_without_the_engine_says_so(tmp_path: Path) -> None:
     import headrace
 

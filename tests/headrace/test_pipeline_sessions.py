@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,114 @@ def test_a_session_is_stopped_from_another_thread_and_ended(pipe: AsyncEngine) -
     pipe.end_session(session.session_id)
     assert session.history == []
     pipe.end_session(10**9)
+
+
+def test_a_reader_that_leaves_at_the_finish_reason_has_its_turn_kept(pipe: AsyncEngine) -> None:
+    session = pipe.session()
+    for turn in range(3):
+        for piece in pipe.chat("turn the wheel", session, GREEDY, stream_response=True):
+            if piece.finish_reason is not None:
+                break
+        assert len(session.history) == turn + 1
+        assert session.response is not None
+        assert session.response.text == session.history[-1][1]
+
+
+def test_a_stopped_session_is_free_though_its_stream_is_kept(pipe: AsyncEngine) -> None:
+    session = pipe.session()
+    left = pipe.chat("turn the wheel", session, ENDLESS, stream_response=True)
+    next(left)
+    pipe.stop_session(session)
+    pipe.chat("again", session, GREEDY)
+    assert [user for user, _ in session.history] == ["again"]
+    assert [piece.error_code for piece in left][-1] == "aborted"
+    after = pipe.chat("and again", session, ENDLESS, stream_response=True)
+    next(after)
+    with pytest.raises(InvalidRequest, match="still running"):
+        pipe.chat("me too", session, GREEDY)
+    pipe.end_session(session)
+    assert [piece.error_code for piece in after][-1] == "aborted"
+    assert_idle(pipe)
+
+
+def test_a_stream_that_the_garbage_collector_ends_while_a_turn_is_submitted(
+    pipe: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rendering a prompt allocates enough for a collection, and the stream's last words run on the thread that submits."""
+
+    class Widget:
+        turn: Iterator[Any]
+        me: Widget
+
+    abandoned = Widget()
+    abandoned.me = abandoned
+    abandoned.turn = pipe.chat("turn the wheel", None, ENDLESS, stream_response=True)
+    next(abandoned.turn)
+    submit = pipe.frontend.submit
+
+    def collecting(*args: Any, **kwargs: Any) -> int:
+        gc.collect()
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(pipe.frontend, "submit", collecting)
+    del abandoned
+    talk = threading.Thread(target=pipe.chat, args=("hi", None, GREEDY), daemon=True)
+    talk.start()
+    talk.join(30)
+    assert not talk.is_alive(), "it waits for itself"
+    assert_idle(pipe)
+
+
+def test_what_is_no_turn_is_refused_by_name(pipe: AsyncEngine) -> None:
+    with pytest.raises(InvalidRequest, match="text, not list") as refused:
+        pipe.chat(USER)  # type: ignore[call-overload]
+    assert refused.value.param == "prompt"
+    with pytest.raises(InvalidRequest, match="not int") as refused:
+        pipe.chat("hi", 5)  # type: ignore[call-overload]
+    assert refused.value.param == "session"
+
+
+def test_generate_under_one_id_again_and_again(pipe: AsyncEngine) -> None:
+    """A reader that leaves at the end may come back at once; and a number of the caller's is no number of `chat`'s."""
+    session = pipe.session()
+    turn = pipe.chat("turn the wheel", session, ENDLESS, stream_response=True)
+    next(turn)
+
+    async def main() -> None:
+        for _ in range(40):
+            async for piece in pipe.generate("water", GREEDY, session_id=session.session_id):
+                if piece.finish_reason is not None:
+                    break
+
+    asyncio.run(main())
+    turn.close()  # type: ignore[attr-defined]
+    assert_idle(pipe)
+
+
+def test_async_calls_need_no_place_in_the_loops_pool_and_end_when_cancelled(pipe: AsyncEngine) -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        calls = [asyncio.ensure_future(pipe.async_batch_infer(["water"] * 20, ENDLESS)) for _ in range(4)]
+        for _ in range(1000):
+            stats = pipe.report()["stats"]
+            if stats["pending"] + stats["in_engine"] > 60:  # all four calls are inside
+                break
+            await asyncio.sleep(0.01)
+        else:
+            pytest.fail(f"the calls wait for each other: {stats}")
+        for call in calls:
+            call.cancel()
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(one) for one in ended] == [asyncio.CancelledError] * 4
+        assert [piece async for piece in pipe.generate("wheel", GREEDY)]
+        answers = await pipe.async_batch_infer((word * length for word, length in (("water ", 40), ("a", 1), ("b", 1))), GREEDY)
+        assert [answer.index for answer in answers] == [0, 1, 2]
+        assert (await pipe.async_batch_infer("water", GREEDY)).text == pipe("water", GREEDY).text  # type: ignore[union-attr]
+        with pytest.raises(InvalidRequest, match="prompts is"):
+            await pipe.async_batch_infer(5)
+
+    asyncio.run(main())
+    assert_idle(pipe)
 
 
 def test_generate_under_a_session_id(pipe: AsyncEngine) -> None:

@@ -69,6 +69,12 @@ def test_what_is_no_sequence_is_refused(pipe: AsyncEngine, ids: Any, words: str)
         pipe.get_ppl(ids)
 
 
+def test_a_refused_sequence_is_named_by_its_index(pipe: AsyncEngine) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        pipe.get_ppl([[5, 6], [5, 10**6]])
+    assert (refused.value.param, refused.value.index) == ("input_ids", 1)
+
+
 def test_a_sequence_longer_than_the_session_is_refused_and_nothing_stays_behind(pipe: AsyncEngine) -> None:
     with pytest.raises(ContextLengthExceeded, match="sequence 1"):
         pipe.get_ppl([SEQUENCES[4], [7] * 2000, SEQUENCES[5]])

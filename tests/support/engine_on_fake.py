@@ -55,8 +55,9 @@ def run(requests, *, num_blocks=64, vocab=VOCAB, memory=None, **options):
 
 def check(requests, tokens, last, *, num_blocks=64, session_len=256, block_size=16):
     for one in requests:
-        room = min(session_len, num_blocks * block_size + 1) - len(one.prompt_ids)
-        expected, reason, detail = continue_alone(one, VOCAB, most=room)
+        pool = num_blocks * block_size + 1
+        room, cut = min((session_len, "session_len"), (pool, "kv_pool"))
+        expected, reason, detail = continue_alone(one, VOCAB, most=room - len(one.prompt_ids), cut=cut)
         report = last[one.request_id]
         assert (tokens[one.request_id], report.finish_reason, report.stop_detail) == (expected, reason, detail)
         assert report.error is None

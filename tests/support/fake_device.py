@@ -87,7 +87,9 @@ def score_alone(prompt_ids) -> list[tuple[int, float]]:
     return out
 
 
-def continue_alone(req: TokenRequest, vocab: int, most: int | None = None) -> tuple[tuple[int, ...], str, str | None]:
+def continue_alone(
+    req: TokenRequest, vocab: int, most: int | None = None, *, cut: str = "session_len"
+) -> tuple[tuple[int, ...], str, str | None]:
     """What the fake model answers to one request: tokens, finish reason, stop detail. The specification, in one loop."""
     state = 0
     for token in req.prompt_ids:
@@ -103,7 +105,7 @@ def continue_alone(req: TokenRequest, vocab: int, most: int | None = None) -> tu
                 return tuple(out), "stop", "eos"
         out.append(token)
         state = extend(state, token)
-    return tuple(out), "length", req.limit if limit == req.max_new_tokens else "session_len"
+    return tuple(out), "length", req.limit if limit == req.max_new_tokens else cut
 
 
 @dataclass
