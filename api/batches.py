@@ -17,6 +17,7 @@ from api import examples
 from api.auth import CallerDep, check_owner
 from api.file_batches import create_from_file
 from api.intake import choose_model, parse_create
+from api.problems import expect_openais_client
 from api.services import Services, ServicesDep
 from headrace.batch import Batch, BatchStatus, no_such_batch
 from headrace.errors import InvalidRequest
@@ -82,11 +83,12 @@ async def read_json_body(request: Request) -> bytearray:
     responses={
         200: {**examples.READING, "model": BatchOut},
         202: examples.ACCEPTED,
-        **examples.problems(404, 409, 413, 415, 422, 429, 503, 507),
+        **examples.problems(400, 404, 409, 413, 415, 422, 429, 503, 507),
     },
     openapi_extra=examples.CREATE_BODY,
 )
 def create_batch(
+    request: Request,
     services: ServicesDep,
     caller: CallerDep,
     body: Annotated[bytearray, Depends(read_json_body)],
@@ -109,6 +111,8 @@ def create_batch(
     becomes the failed completion of its index.
     """
     settings = services.settings
+    if b'"input_file_id"' in body:
+        expect_openais_client(request)
     create = parse_create(body, settings)
     body.clear()  # it would live until the response is sent, beside the parsed prompts
     key = _clean_key(idempotency_key)

@@ -230,6 +230,7 @@ _REASONS: Final = {
     409: "`conflict`: the batch is not in a state for this, or its first request is still being stored.",
     413: "`payload_too_large`: refused before the body is read; split the batch.",
     415: "The body is not of the media type that the operation takes.",
+    400: "`invalid_request`, in requests of OpenAI's form (files, and batches of them): what is a 422 elsewhere.",
     422: "`invalid_request`: `errors` names each wrong field, or the index of each wrong prompt.",
     429: "`queue_full`: as many prompts wait for an answer as this server accepts, or `quota_exceeded`: as many as this API key may have; send it again after Retry-After.",
     503: "`store_unavailable`: the database can't be reached; try again after Retry-After.",

@@ -48,7 +48,7 @@ FileId = Annotated[str, Path(description="`file-` and 32 hex digits; of a batch'
     "",
     response_model=FileOut,
     summary="Upload a file",
-    responses={200: examples.UPLOADED, **examples.problems(413, 415, 422, 507)},
+    responses={200: examples.UPLOADED, **examples.problems(400, 413, 415, 507)},
     openapi_extra=examples.UPLOAD_BODY,
 )
 async def upload_file(request: Request, services: ServicesDep, caller: CallerDep) -> Response:
@@ -221,7 +221,7 @@ Purpose = Literal[
 """Those of OpenAI's Files API. A client that asks for all files of another kind gets none, as it would where it has none."""
 
 
-@router.get("", response_model=FilePage, summary="List files", responses={200: examples.FILES, **examples.problems(404, 422)})
+@router.get("", response_model=FilePage, summary="List files", responses={200: examples.FILES, **examples.problems(400, 404)})
 def list_files(
     services: ServicesDep,
     caller: CallerDep,

@@ -25,6 +25,7 @@ MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 100
 """Most entries of `errors` in one problem: a batch of a million wrong prompts must not answer with a million lines."""
 SERVER_FAULT = 500
+_OPENAIS: Final = "headrace.openais"
 _RETRY_AFTER_S: Final = {429: 30, 503: 5, 507: 5}
 """What these tell the client to wait: prompts are answered slowly, a database comes back soon."""
 
@@ -93,13 +94,20 @@ class InvalidBody(InvalidRequest):
         self.errors = tuple(errors)
 
 
-def problem_of(error: HeadraceError, *, request_id: str | None = None, instance: str | None = None) -> Problem:
+def expect_openais_client(request: Request) -> None:
+    """Note that this request is OpenAI's, whose clients raise `BadRequestError` for a 400 and look for it where a request is wrong."""
+    request.scope[_OPENAIS] = True
+
+
+def problem_of(
+    error: HeadraceError, *, request_id: str | None = None, instance: str | None = None, status: int | None = None
+) -> Problem:
     """Return the problem that describes `error`. What failed on our side names no host, path or URL: the log does."""
     detail = error.message if error.status < SERVER_FAULT else (type(error).__doc__ or "").strip()
     return Problem(
         type=f"/docs#problem-{error.code}",
         title=_title(error.code),
-        status=error.status,
+        status=status or error.status,
         detail=detail,
         message=detail,
         instance=instance,
@@ -151,8 +159,10 @@ def install(app: FastAPI) -> None:
 
 
 def _respond(request: Request, error: HeadraceError, headers: Mapping[str, str] | None = None) -> Response:
-    request_id = request.scope.get("headrace.request_id")
-    return problem_response(problem_of(error, request_id=request_id, instance=request.url.path), headers)
+    request_id, path = request.scope.get("headrace.request_id"), request.url.path
+    is_openais = path.startswith("/v1/files") or _OPENAIS in request.scope
+    status = HTTPStatus.BAD_REQUEST if is_openais and error.status == HTTPStatus.UNPROCESSABLE_ENTITY else error.status
+    return problem_response(problem_of(error, request_id=request_id, instance=path, status=status), headers)
 
 
 async def _on_headrace_error(request: Request, error: Exception) -> Response:

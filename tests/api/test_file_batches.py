@@ -307,18 +307,18 @@ def test_a_file_that_expires_says_when(client: openai.OpenAI) -> None:
         file=("a.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600}
     )
     assert file.expires_at == pytest.approx(file.created_at + 3600, abs=1)
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.files.create(file=("a.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at", "seconds": 60})
     assert refused.value.param == "expires_after[seconds]"
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.files.create(file=("a.jsonl", b"{}"), purpose="assistants")
     assert refused.value.param == "purpose"
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.files.create(file=("a.jsonl", b"{}"), purpose="batch", expires_after={"anchor": "created_at"})  # type: ignore[typeddict-item]
     assert refused.value.param == "expires_after[seconds]", "half of it would be ignored"
     assert [stored.id for stored in client.files.list()] == [file.id], "nothing of the refused ones is stored"
     assert list(client.files.list(purpose="fine-tune")) == [], "there is none of another kind"
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         client.files.list(purpose="nonsense")
     assert refused.value.param == "purpose"
 
@@ -377,7 +377,7 @@ def test_a_request_that_is_sent_again_finds_its_batch(client: openai.OpenAI) -> 
     third = post(0, **key)
     assert post(0, **key) == post(1, **key) == third
     assert third not in (first, second)
-    with pytest.raises(openai.UnprocessableEntityError) as refused:
+    with pytest.raises(openai.BadRequestError) as refused:
         post(0, metadata={"a": "b"}, **key)
     assert refused.value.param == "idempotency_key"
     assert len(list(client.batches.list())) == 4

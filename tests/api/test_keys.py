@@ -133,7 +133,7 @@ def test_a_key_sees_its_own_files_and_nothing_of_others(live: LiveApi, keyed_sto
         assert start(one, mine).status_code in (200, 202)
         full = start(one, mine)
         assert (full.status_code, full.json()["code"]) == (429, "quota_exceeded"), "a file's lines count when its batch is made"
-        assert start(one, upload(one, 4)).status_code == 422
+        assert start(one, upload(one, 4)).status_code == 400
 
 
 def test_an_admin_key_sees_everybodys_batches(live: LiveApi, keyed_store: Store) -> None:
@@ -171,10 +171,10 @@ def test_a_priority_above_the_keys_is_refused_of_prompts_and_of_files(live: Live
         stored = http.post("/v1/files", files={"file": ("a.jsonl", b'{"prompt": "a"}\n')}, data={"purpose": "batch"}).json()[
             "id"
         ]
-        for content in ({"prompts": ["a"]}, {"input_file_id": stored}):
+        for content, status in (({"prompts": ["a"]}, 422), ({"input_file_id": stored}, 400)):
             assert http.post("/v1/batches", json={**content, "priority": 1}).is_success
             refused = http.post("/v1/batches", json={**content, "priority": 2})
-            assert (refused.status_code, refused.json()["param"]) == (422, "priority")
+            assert (refused.status_code, refused.json()["param"]) == (status, "priority")
         assert len(http.get("/v1/batches").json()["data"]) == 2
 
 
