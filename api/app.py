@@ -5,6 +5,7 @@ Importing this module opens nothing and reads no environment: `app` is built whe
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import sys
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from api.examples import problems as problem_responses
 from api.file_batches import Readers
 from api.middleware import BodyLimit, RequestContext
 from api.services import Services
+from api.upkeep import Upkeep
 from headrace.errors import InvalidRequest
 from headrace.log import configure
 from headrace.settings import Settings, get_settings
@@ -41,8 +43,11 @@ def create_app(settings: Settings, *, store: Store | None = None, broker: Broker
         readers = Readers(services)
         services.wake_readers = readers.wake
         readers.start()
+        upkeep = Upkeep(services)
+        upkeep.start()
         yield
-        await run_in_threadpool(readers.close)
+        # Side by side: each may have to wait for a database that doesn't answer.
+        await asyncio.gather(run_in_threadpool(upkeep.close), run_in_threadpool(readers.close))
         services.close()
 
     # FastAPI's own /docs loads its scripts from a CDN, which many hosts that run this can't reach: docs.py serves a page of its own.

@@ -19,7 +19,6 @@ from headrace.batch_input import Rules, first_config
 from headrace.dataset import MAX_LINE_BYTES
 from headrace.errors import InvalidRequest, NotFound, StorageFull, StoreUnavailable
 from headrace.schemas import BatchCreate
-from headrace.upkeep import sweep
 
 if TYPE_CHECKING:
     from headrace.store import Store
@@ -92,8 +91,8 @@ def _no_file(file_id: str) -> NotFound:
 class Readers:
     """Threads that read the files of batches while they are `validating`: those of this process's requests, and those left behind.
 
-    They also go on with cancels and deletions that were too long for a request, count the bytes of the files of batches that are over,
-    and end what is due: a batch's window is over though no worker runs.
+    They also go on with cancels and deletions that were too long for a request, and count the bytes of the files of batches that
+    are over.
     """
 
     def __init__(self, services: Services) -> None:
@@ -101,8 +100,6 @@ class Readers:
         self._services = services
         self._work = threading.Event()
         self._stop = threading.Event()
-        self._sweeping = threading.Lock()
-        self._sweep_at = 0.0
         self._threads = [
             threading.Thread(target=self._run, name=f"headrace-reader-{number}", daemon=True) for number in range(READERS)
         ]
@@ -120,9 +117,10 @@ class Readers:
         """Stop at the next slice; another reader goes on there."""
         self._stop.set()
         self._work.set()
+        deadline = time.monotonic() + CLOSE_PATIENCE_S
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(CLOSE_PATIENCE_S)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         from headrace.ingest import read_next
@@ -141,7 +139,6 @@ class Readers:
                     self._work.set()
                     self._services.send_chunks(model=self._services.store.get_batch(done).model)
                 self._services.store.close_and_erase(stop=self._stop.is_set)
-                self._sweep_when_due()
                 while count_next(self._services.store, stop=self._stop.is_set):
                     pass
             except (StoreUnavailable, StorageFull) as error:
@@ -158,12 +155,3 @@ class Readers:
                     extra={"event": "read_failed"},
                 )
                 self._stop.wait(1.0)
-
-    def _sweep_when_due(self) -> None:
-        if time.monotonic() < self._sweep_at or not self._sweeping.acquire(blocking=False):
-            return
-        try:
-            self._sweep_at = time.monotonic() + self._services.settings.reconcile_interval_s
-            sweep(self._services.store, self._services.settings, stop=self._stop.is_set)
-        finally:
-            self._sweeping.release()

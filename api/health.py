@@ -60,9 +60,13 @@ def _worker(services: Services, model: str) -> tuple[bool, str]:
     if not alive:
         lost = f"; {len(workers)} stopped reporting" if workers else ""
         return False, f"no worker with a fresh heartbeat{lost}. Start one: headrace worker --model {model}"
+    from headrace.store.pulse import STALL_S  # loaded with the store, not with the API
+
     # A heartbeat comes from a thread of its own: it says nothing of whether the worker still takes chunks.
     pulse = services.store.pulses.read().get(model)
-    if pulse is not None and pulse.is_stalled:
+    # One that has just come has had no time to take any.
+    has_had_time = any(worker.heartbeat_at + worker.age_s - worker.started_at > STALL_S for worker in alive)
+    if pulse is not None and pulse.is_stalled and has_had_time:
         waits = f"{pulse.sent} chunks wait in Redis, the oldest for {pulse.oldest_sent_s:.0f} s"
         return False, f"{len(alive)} with a fresh heartbeat, but none takes chunks: {waits}. Restart them"
     return True, f"{len(alive)} with a fresh heartbeat: {', '.join(worker.id for worker in alive[:5])}"

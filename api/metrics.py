@@ -29,6 +29,8 @@ _OF_MODEL: Final[Mapping[str, tuple[str, Callable[[Pulse], float]]]] = {
     "headrace_oldest_sent_chunk_seconds": ("For how long a chunk has waited in Redis.", lambda pulse: pulse.oldest_sent_s),
     "headrace_next_deadline_seconds": ("Until the first completion window is over.", lambda pulse: pulse.deadline_s),
 }
+_SHOWN_S: Final = 3600.0
+"""A worker that was silent for longer is no news."""
 _CHUNKS: Final = ("unsent", "sent", "held", "lapsed")
 _OF_WORKER: Final = {
     "chunks_in_flight": "Chunks that the worker holds.",
@@ -61,7 +63,7 @@ _COUNTED_BY_ENGINE: Final = {
     response_class=Response,
     responses={
         200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-        **examples.problems(503),
+        503: examples.problems(503)[503],
     },
 )
 def metrics(services: ServicesDep) -> Response:
@@ -91,7 +93,8 @@ def _collect(services: Services) -> Iterator[Metric]:
         yield waiting
     except QueueUnavailable:
         pass  # what the database knows is worth having while Redis is away; the missing figure says the rest
-    yield from _of_workers(services.store.list_workers())
+    workers = [worker for worker in services.store.list_workers() if worker.age_s < _SHOWN_S]
+    yield from _of_workers(workers, lease_s=services.settings.lease_s)
 
 
 def _of_models(pulses: Mapping[str, Pulse]) -> Iterator[Metric]:
@@ -115,9 +118,10 @@ def _of_models(pulses: Mapping[str, Pulse]) -> Iterator[Metric]:
         yield family
 
 
-def _of_workers(workers: list[WorkerInfo]) -> Iterator[Metric]:
+def _of_workers(workers: list[WorkerInfo], *, lease_s: float) -> Iterator[Metric]:
+    """Give each worker's age, and the figures of those that live: a worker that was killed keeps its row, and its last figures are nobody's."""
     age = GaugeMetricFamily(
-        "headrace_worker_heartbeat_age_seconds", "Since the worker was heard of.", labels=["worker", "model"]
+        "headrace_worker_heartbeat_age_seconds", "Since the worker (one process) was heard of.", labels=["worker", "model"]
     )
     for worker in workers:
         age.add_metric([worker.id, worker.model], worker.age_s)
@@ -131,6 +135,8 @@ def _of_workers(workers: list[WorkerInfo]) -> Iterator[Metric]:
         for name, meaning in names.items():
             family = kind(f"{prefix}_{name.removeprefix('engine_')}", meaning, labels=["worker", "model"])
             for worker in workers:
+                if worker.age_s >= lease_s:
+                    continue
                 figures: Mapping[str, Any] = worker.stats.get("engine") or {} if of_engine else worker.stats
                 if isinstance(value := figures.get(name), int | float):
                     family.add_metric([worker.id, worker.model], value)

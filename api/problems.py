@@ -52,6 +52,8 @@ class OpenAIError(_Shape):
     type: _OpenAIKind
     param: str | None = None
     code: str
+    index: int | None = Field(default=None, description="headrace's: the prompt, when it is about one.")
+    errors: list[FieldError] | None = Field(default=None, description="headrace's: each wrong field, when there are several.")
 
 
 class Problem(_Shape):
@@ -78,7 +80,9 @@ class Problem(_Shape):
             kind = "server_error"
         elif self.status == HTTPStatus.TOO_MANY_REQUESTS:
             kind = "rate_limit_error"
-        return OpenAIError(message=self.detail, type=kind, param=self.param, code=self.code)
+        return OpenAIError(
+            message=self.detail, type=kind, param=self.param, code=self.code, index=self.index, errors=self.errors
+        )
 
 
 class InvalidBody(InvalidRequest):

@@ -1,25 +1,25 @@
-"""Calls from inside an event loop: one prompt's stream, and a call that blocks, run where it blocks nobody.
+"""Calls from inside an event loop: one prompt's stream, and a call's answers, neither of which holds a thread while it waits.
 
-What a loop's own thread pool has few places for, and waits for before it ends, has a thread of its own here.
+A loop's thread pool has few places, and the loop waits for all of them before it ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from engine.answers import Delta, piece_of
+from engine.frontend import Frontend
 from engine.sessions import RunningSessions
 from headrace.completion import Completion
+from headrace.config import GenerationConfig
 from headrace.response import Response
 
-Done = queue.SimpleQueue[Completion | None]
-"""Answers as they come; None: nobody wants the rest."""
 Submit = Callable[[Callable[[Completion], None], Callable[[Delta], None]], int]
 """Submits a request, given what to call with its completion and with each delta; gives its handle."""
 
@@ -61,31 +61,44 @@ async def stream(running: RunningSessions, submit: Submit, session_id: int | Non
         yield end
 
 
-async def in_thread(call: Callable[[Done], Any]) -> Any:
-    """Return what `call` returns, from a thread of its own. Cancelled, it puts None into the queue that `call` was given."""
+async def infer(frontend: Frontend, pairs: Iterator[tuple[Any, GenerationConfig]], *, do_preprocess: bool) -> list[Response]:
+    """Answer all prompts, in their order; what isn't answered when this ends early is aborted.
+
+    Prompts are drawn and prepared in the loop's thread pool, a window of them at a time, and nobody waits there: calls may be thousands.
+    """
     loop = asyncio.get_running_loop()
-    answer: asyncio.Future[Any] = loop.create_future()
-    done: Done = queue.SimpleQueue()
+    done: asyncio.Queue[Completion] = asyncio.Queue()
+    waiting = enumerate(pairs)
+    handles: dict[int, int] = {}
+    responses: list[Response] = []
+    is_over = threading.Event()
 
-    def settle(settled: Callable[[Any], None], value: Any) -> None:
-        def tell() -> None:
-            if not answer.done():
-                settled(value)
+    def put(completion: Completion) -> None:
+        with suppress(RuntimeError):  # the loop was closed, with nobody left to read
+            loop.call_soon_threadsafe(done.put_nowait, completion)
 
-        with suppress(RuntimeError):  # the loop was closed, with nobody left to be told
-            loop.call_soon_threadsafe(tell)
+    def submit(count: int) -> bool:
+        """Submit so many; say whether there are more. What is submitted behind the end is aborted here, where its handle is known."""
+        for index, (prompt, config) in islice(waiting, count):
+            handle = frontend.submit(prompt, config, put, index=index, do_preprocess=do_preprocess)
+            handles[index] = handle
+            if is_over.is_set():
+                frontend.abort(handle)
+                return False
+            count -= 1
+        return count == 0
 
-    def work() -> None:
-        try:
-            value = call(done)
-        except BaseException as error:
-            settle(answer.set_exception, error)
-        else:
-            settle(answer.set_result, value)
-
-    threading.Thread(target=work, name="headrace-call", daemon=True).start()
+    has_more = True
     try:
-        return await answer
-    except asyncio.CancelledError:
-        done.put(None)
-        raise
+        while has_more or handles:
+            if has_more and len(handles) <= frontend.window:
+                has_more = await asyncio.to_thread(submit, 2 * frontend.window - len(handles))
+                continue
+            completion = await done.get()
+            del handles[completion.index]
+            responses.append(Response.of(completion))
+    finally:
+        is_over.set()
+        for handle in list(handles.values()):
+            frontend.abort(handle)
+    return sorted(responses, key=lambda response: response.index)

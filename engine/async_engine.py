@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import count, repeat
 from typing import Any, Literal, NamedTuple, Self, overload
 
@@ -19,7 +18,7 @@ from engine import async_calls
 from engine.answers import Delta, piece_of
 from engine.frontend import Frontend
 from engine.perplexity import mean_cross_entropy
-from engine.sessions import RunningSessions, Session
+from engine.sessions import Key, RunningSessions, Session
 from engine.supervisor import EngineEvent, Limits
 from headrace.completion import Completion
 from headrace.config import ChatTemplateConfig, EngineConfig, GenerationConfig
@@ -158,13 +157,9 @@ class AsyncEngine:
 
         Cancelling it aborts what isn't answered.
         """
-        config = GenerationConfig() if gen_config is None else gen_config
-
-        def infer(done: async_calls.Done) -> Any:
-            answer = self._generate(prompts, config, do_preprocess=do_preprocess, done=done)
-            return sorted(answer, key=_index) if isinstance(answer, Iterator) else answer
-
-        return await async_calls.in_thread(infer)
+        call = _sort_out(prompts, GenerationConfig() if gen_config is None else gen_config)
+        answers = await async_calls.infer(self.frontend, call.pairs, do_preprocess=do_preprocess)
+        return answers[0] if call.shape == "single" else answers
 
     def session(self) -> Session:
         """Return a new conversation for `chat`."""
@@ -220,9 +215,13 @@ class AsyncEngine:
     def _turn(self, session: Session, prompt: str, config: GenerationConfig, *, is_streamed: bool) -> Iterator[Response]:
         news: queue.SimpleQueue[Delta | Completion] = queue.SimpleQueue()
         on_delta = news.put if is_streamed else None
-        submit = partial(self.frontend.submit, session.messages(prompt), config, news.put, on_delta=on_delta)
+
+        def submit() -> int:
+            # Once the session is this turn's: another thread's turn may just have been kept.
+            return self.frontend.submit(session.messages(prompt), config, news.put, on_delta=on_delta)
+
         ends: list[Response] = []
-        with self._running.run(("chat", session.session_id), submit):
+        with self._running.run(("chat", session.session_id), submit) as run:
             while isinstance(piece := news.get(), Delta):
                 own = replace(piece_of(piece), session_id=session.session_id)
                 # A reader may leave at a `finish_reason`: the turn is in the history before it sees one.
@@ -230,23 +229,24 @@ class AsyncEngine:
                     ends.append(own)
                 else:
                     yield own
-        response = replace(Response.of(piece), session_id=session.session_id)
-        session.keep(prompt, response)
+            response = replace(Response.of(piece), session_id=session.session_id)
+            if not run.is_stopped or response.error_code is not None:
+                session.keep(prompt, response)  # of one that was stopped, no text: another turn may have been taken since
         yield from ends
         if is_streamed and response.error_code is not None:
             yield response
 
     def stop_session(self, session_id: int | Session) -> None:
-        """End what runs in a session of `chat`, or of `generate` under this id, with the error 'aborted'; from any thread.
+        """End what runs in a session of `chat`, with the error 'aborted'; under a bare number that of `generate`, too. From any thread.
 
         Its blocks are free with the engine's next step. Nothing happens where nothing runs. The prompts of a call are no sessions.
         """
-        self._running.stop(session_id.session_id if isinstance(session_id, Session) else session_id)
+        self._running.stop(*_keys(session_id))
 
     def end_session(self, session_id: int | Session) -> None:
         """Stop a session and forget its conversation."""
         number = session_id.session_id if isinstance(session_id, Session) else session_id
-        self._running.stop(number)
+        self._running.stop(*_keys(session_id))
         session = self._sessions.get(number)
         if session is not None:
             session.close()
@@ -273,43 +273,31 @@ class AsyncEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _generate(
-        self,
-        prompts: Any,
-        gen_config: GenerationConfig | Sequence[GenerationConfig],
-        *,
-        do_preprocess: bool,
-        done: async_calls.Done | None = None,
-    ) -> Any:
+    def _generate(self, prompts: Any, gen_config: GenerationConfig | Sequence[GenerationConfig], *, do_preprocess: bool) -> Any:
         call = _sort_out(prompts, gen_config)
-        responses = self._responses(call.pairs, do_preprocess=do_preprocess, done=done)
+        responses = self._responses(call.pairs, do_preprocess=do_preprocess)
         if call.shape == "lazy":
             return responses
         if call.shape == "single":
             return next(responses)
-        return sorted(responses, key=_index)
+        return sorted(responses, key=lambda response: response.index)
 
-    def _responses(
-        self, pairs: Iterator[tuple[Any, GenerationConfig]], *, do_preprocess: bool, done: async_calls.Done | None = None
-    ) -> Iterator[Response]:
-        """Submit as far ahead as keeps the engine busy, and no further: a million prompts need no million token lists.
-
-        `done`: where answers are put; a None in it ends the call.
-        """
-        done = queue.SimpleQueue() if done is None else done
+    def _responses(self, pairs: Iterator[tuple[Any, GenerationConfig]], *, do_preprocess: bool) -> Iterator[Response]:
+        """Submit as far ahead as keeps the engine busy, and no further: a million prompts need no million token lists."""
+        done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         handles: dict[int, int] = {}
         try:
             for index, (prompt, config) in enumerate(pairs):
                 handles[index] = self.frontend.submit(prompt, config, done.put, index=index, do_preprocess=do_preprocess)
                 while len(handles) >= 2 * self.frontend.window or (handles and not done.empty()):
-                    if (completion := done.get()) is None:
-                        return
+                    completion = done.get()
                     del handles[completion.index]
                     yield Response.of(completion)
-            while handles and (completion := done.get()) is not None:
+            while handles:
+                completion = done.get()
                 del handles[completion.index]
                 yield Response.of(completion)
-        finally:  # the caller left early (an error, Ctrl-C, a dropped iterator, a cancelled task)
+        finally:  # the caller left early (an error, Ctrl-C, a dropped iterator)
             for handle in handles.values():
                 self.frontend.abort(handle)
 
@@ -338,8 +326,9 @@ class AsyncEngine:
                 self.frontend.abort(handle)
 
 
-def _index(response: Response) -> int:
-    return response.index
+def _keys(session: int | Session) -> tuple[Key, ...]:
+    """Give what the caller can mean: a number may be one of `chat`'s, or of its own for `generate`."""
+    return (("chat", session.session_id),) if isinstance(session, Session) else (("chat", session), ("generate", session))
 
 
 def _sort_out(prompts: Any, gen_config: GenerationConfig | Sequence[GenerationConfig]) -> _Call:

@@ -49,7 +49,7 @@ class Session:
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class Run:
     """A request that holds a key."""
 
     handle: int | None = None
@@ -69,22 +69,22 @@ class RunningSessions:
         self._abort = abort
         # Re-entrant: the garbage collector may end an abandoned stream on the thread that holds it.
         self._lock = threading.RLock()
-        self._runs: dict[Key, _Run] = {}
+        self._runs: dict[Key, Run] = {}
 
     @contextmanager
-    def run(self, key: Key | None, submit: Callable[[], int]) -> Iterator[int]:
+    def run(self, key: Key | None, submit: Callable[[], int]) -> Iterator[Run]:
         """Submit, and hold the key until the block is left or it is stopped; what is unanswered then is aborted. None: no key is held.
 
         Raise `InvalidRequest` where a request already runs under the key.
         """
-        run = _Run()
-        self._hold(key, run)
+        run = Run()
         try:
+            self._hold(key, run)
             # Not under the lock: preparing a long prompt takes seconds, in which others must be stopped, and streams may end.
             run.handle = submit()
             if run.is_stopped:
                 self._abort(run.handle)
-            yield run.handle
+            yield run
         finally:
             if run.handle is not None:
                 self._abort(run.handle)
@@ -92,7 +92,7 @@ class RunningSessions:
                 if key is not None and self._runs.get(key) is run:
                     del self._runs[key]
 
-    def _hold(self, key: Key | None, run: _Run) -> None:
+    def _hold(self, key: Key | None, run: Run) -> None:
         if key is None:
             return
         with self._lock:
@@ -102,10 +102,10 @@ class RunningSessions:
                 )
             self._runs[key] = run
 
-    def stop(self, session_id: int) -> None:
-        """Abort what runs under the number and free it; nothing where nothing runs."""
+    def stop(self, *keys: Key) -> None:
+        """Abort what runs under the keys and free them; nothing where nothing runs."""
         with self._lock:
-            runs = [run for kind in ("chat", "generate") if (run := self._runs.pop((kind, session_id), None)) is not None]
+            runs = [run for key in keys if (run := self._runs.pop(key, None)) is not None]
         for run in runs:
             # In this order: what is submitted just now looks at the flag when it has its handle.
             run.is_stopped = True

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from engine.template_families import FAMILIES, TemplateParts
 from engine.tokenizer import Tokenizer
-from headrace.config import MESSAGE_FIELDS, ROLES, ChatTemplateConfig, Message
+from headrace.config import MESSAGE_FIELDS, ROLES, ChatTemplateConfig, Message, extra_fields
 from headrace.errors import InvalidRequest, UnsupportedOption
 
 OWN = "hf"
@@ -57,17 +57,16 @@ def _parse_message(number: int, message: object) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidRequest(f"message {number} has the role {role!r:.80}; the roles are {', '.join(ROLES)}", param="messages")
+    if extra := extra_fields(message):
+        raise UnsupportedOption(
+            f"message {number} ({role}) has a field {extra[0]!r:.80}, which goes into no prompt; its fields are {', '.join(MESSAGE_FIELDS)}",
+            param="messages",
+        )
     content = message.get("content")
     if isinstance(content, list | tuple):
         content = "\n".join(_text_part(number, part) for part in content)
     if not isinstance(content, str):
         raise InvalidRequest(f"message {number} ({role}) has no text in 'content'", param="messages")
-    unknown = sorted(str(key) for key, value in message.items() if key not in MESSAGE_FIELDS and value is not None)
-    if unknown:
-        raise UnsupportedOption(
-            f"message {number} ({role}) has a field {unknown[0]!r:.80}, which goes into no prompt; its fields are {', '.join(MESSAGE_FIELDS)}",
-            param="messages",
-        )
     name = message.get("name")
     if name is None:
         return {"role": role, "content": content}

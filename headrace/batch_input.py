@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from headrace.batch import CHAT, ROWS, Item
 from headrace.completion import CompletionError
-from headrace.config import GenerationConfig, Prompt
+from headrace.config import MESSAGE_FIELDS, GenerationConfig, Prompt, extra_fields
 from headrace.dataset import MAX_LINE_BYTES, parse_json, read_row
 from headrace.errors import HeadraceError, InvalidRequest, PayloadTooLarge, UnsupportedOption
 from headrace.screening import refusal
@@ -239,7 +239,8 @@ def _messages(body: Mapping[str, Any]) -> Prompt:
 
 
 def _message(position: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    known = {name: value for name, value in message.items() if value is not None}
+    extra = extra_fields(message)
+    known = {name: value for name, value in message.items() if value is not None and (name in MESSAGE_FIELDS or name in extra)}
     if known.get("role") == "developer":  # OpenAI's newer word
         known["role"] = "system"
     parts = known.get("content")

@@ -35,6 +35,17 @@ class Message(TypedDict):
 
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_FIELDS = ("role", "content", "name")
+
+
+def extra_fields(message: Mapping[str, Any]) -> list[str]:
+    """Give the names of a message's fields that no prompt has a place for. Those that say nothing don't count: clients write them back."""
+    return sorted(str(name) for name, value in message.items() if name not in MESSAGE_FIELDS and not _says_nothing(value))
+
+
+def _says_nothing(value: object) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | tuple | dict) and not value)
+
+
 Prompt = str | list[Message]
 """One prompt: a text, or a conversation."""
 

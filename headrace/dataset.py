@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headrace.completion import Choice, Completion, CompletionError
-from headrace.config import MESSAGE_FIELDS, ROLES, Prompt
+from headrace.config import ROLES, Prompt, extra_fields
 from headrace.errors import HeadraceError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedOption
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
@@ -161,7 +161,7 @@ def _messages(value: Any) -> Prompt:
     if not isinstance(value, list) or not value:
         raise InvalidRequest("messages must be a list that is not empty", param="messages")
     for position, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message) <= set(MESSAGE_FIELDS):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message) or extra_fields(message):
             raise InvalidRequest(
                 f"messages[{position}] must be an object with 'role' and 'content', and perhaps 'name'", param="messages"
             )

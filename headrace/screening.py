@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from headrace.completion import CompletionError
-from headrace.config import MESSAGE_FIELDS, ROLES, Prompt
+from headrace.config import MESSAGE_FIELDS, ROLES, Prompt, extra_fields
 from headrace.errors import InvalidRequest, PayloadTooLarge
 
 
@@ -40,9 +40,8 @@ def _message_fault(message: dict[str, Any]) -> str | None:
         return f"content must be text, not {_shown(content)}"
     if not isinstance(name, str | None):
         return f"name must be text, not {_shown(name)}"
-    unknown = sorted(message.keys() - set(MESSAGE_FIELDS))
-    if unknown:
-        return f"there is no field {_shown(unknown[0])} in a message; its fields are {', '.join(MESSAGE_FIELDS)}"
+    if extra := extra_fields(message):
+        return f"there is no field {_shown(extra[0])} in a message; its fields are {', '.join(MESSAGE_FIELDS)}"
     return None
 
 

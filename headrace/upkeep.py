@@ -20,6 +20,7 @@ def sweep(store: Store, settings: Settings, *, stop: Callable[[], bool] = lambda
     """End what is due. `stop` is asked between pieces of long work. Raises `StoreUnavailable` and `StorageFull`."""
     store.expire_batches(stop=stop)
     retention_s = settings.retention_s if math.isfinite(settings.retention_s) else None
-    if retention_s is not None:
+    if retention_s is not None and not stop():
         store.delete_outlived(retention_s=retention_s)
-    store.files.sweep(retention_s=retention_s)
+    if not stop():
+        store.files.sweep(retention_s=retention_s)

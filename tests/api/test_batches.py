@@ -135,7 +135,7 @@ def test_a_bad_prompt_fails_alone(http: httpx.Client, store: Store) -> None:
         2: [],
         3: [{"role": "wizard", "content": "x"}],
         4: [{"role": "user"}],
-        5: [{"role": "user", "content": "x", "tool_calls": []}],
+        5: [{"role": "user", "content": "x", "tool_calls": [{"id": "x"}]}],
         6: [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
         7: "x" * (10 * 1024 * 1024),
         8: [{"role": "user", "content": "é" * 600_000}],

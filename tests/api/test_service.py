@@ -25,7 +25,7 @@ from store_driver import execute
 from headrace.broker import Broker
 from headrace.settings import Settings
 from headrace.store import Store
-from headrace.store.tables import chunks, now
+from headrace.store.tables import chunks, now, workers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,10 +82,23 @@ def test_a_worker_that_takes_no_chunks_is_not_ready(settings: Settings, store: S
         assert http.post("/v1/batches", json={"prompts": ["a"] * 40}).status_code == 202
         assert http.get("/readyz").status_code == 200
         execute(store, update(chunks).values(sent_at=now() - 600))
+        assert http.get("/readyz").status_code == 200, "it has just come"
+        execute(store, update(workers).values(started_at=now() - 600))
         reply = http.get("/readyz")
         assert reply.status_code == 503
         assert "1 with a fresh heartbeat, but none takes chunks: 3 chunks wait in Redis, the oldest for 60" in reply.text
         assert "3 chunks wait" in reply.json()["checks"][1]["detail"]
+
+
+def test_the_first_wrong_prompt_is_named_in_openais_form_too(http: httpx.Client) -> None:
+    error = http.post("/v1/batches", json={"prompts": ["a", 5]}).json()["error"]
+    assert (error["type"], error["code"], error["param"], error["index"]) == (
+        "invalid_request_error",
+        "invalid_request",
+        "prompts",
+        1,
+    )
+    assert error["errors"][0]["index"] == 1
 
 
 def test_metrics(http: httpx.Client, store: Store, redis_server: RedisServer) -> None:
@@ -103,6 +116,9 @@ def test_metrics(http: httpx.Client, store: Store, redis_server: RedisServer) ->
     engine = {"running": 5, "generated_tokens": 700, "is_alive": True}
     store.register_worker("gpu1@host", host="host", model="echo", stats={"rows_recorded": 12, "engine": engine, "pid": 1})
     store.register_worker("new@host", host="host", model="echo")
+    for name, age_s in (("killed@host", 600), ("killed-long-ago@host", 86_400)):
+        store.register_worker(name, host="host", model="echo", stats={"chunks_in_flight": 7})
+        execute(store, update(workers).where(workers.c.id == name).values(heartbeat_at=now() - age_s))
     found = figures()
     assert found["headrace_open_batches", "echo", "in_progress"] == 1
     assert found["headrace_open_prompts", "echo"] == 40
@@ -112,6 +128,9 @@ def test_metrics(http: httpx.Client, store: Store, redis_server: RedisServer) ->
     assert found["headrace_engine_generated_tokens_total", "echo", "gpu1@host"] == 700
     assert found["headrace_engine_running", "echo", "gpu1@host"] == 5
     assert found["headrace_worker_heartbeat_age_seconds", "echo", "new@host"] < 60
+    assert found["headrace_worker_heartbeat_age_seconds", "echo", "killed@host"] > 590
+    assert ("headrace_worker_chunks_in_flight", "echo", "killed@host") not in found, "nobody holds them"
+    assert "killed-long-ago" not in http.get("/metrics").text
     assert "secret" not in http.get("/metrics").text
     assert created.json()["id"] not in http.get("/metrics").text
     redis_server.stop()

@@ -236,7 +236,7 @@ def test_malformed_conversations(bad: Any) -> None:
 
 def test_a_field_that_says_nothing_is_taken() -> None:
     """OpenAI's clients write all fields of a message that they were given back."""
-    message = {"role": "assistant", "content": "x", "tool_calls": None, "refusal": None}
+    message = {"role": "assistant", "content": "x", "tool_calls": [], "refusal": None, "reasoning_content": "", "prefix": False}
     assert parse_messages([message, {"role": "user", "content": "y"}])[0] == {"role": "assistant", "content": "x"}
 
 

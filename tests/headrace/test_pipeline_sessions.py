@@ -107,6 +107,40 @@ def test_a_stopped_session_is_free_though_its_stream_is_kept(pipe: AsyncEngine) 
     assert_idle(pipe)
 
 
+def test_a_stopped_stream_that_was_answered_and_not_read_says_nothing_any_more(pipe: AsyncEngine) -> None:
+    session = pipe.session()
+    old = pipe.chat("turn the wheel", session, GREEDY, stream_response=True)
+    next(old)
+    while pipe.report()["stats"]["in_engine"]:
+        time.sleep(0.001)
+    pipe.stop_session(session)
+    pipe.chat("again", session, GREEDY)
+    list(old)
+    assert [user for user, _ in session.history] == ["again"]
+    last = pipe.chat("and again", session, GREEDY, stream_response=True)
+    next(last)
+    pipe.end_session(session)
+    list(last)
+    assert session.history == []
+
+
+def test_stopping_a_session_is_not_stopping_a_number_of_the_callers(pipe: AsyncEngine) -> None:
+    session = pipe.session()
+
+    async def main() -> None:
+        got = []
+        async for piece in pipe.generate("water", ENDLESS, session_id=session.session_id):
+            got.append(piece)
+            if len(got) == 1:
+                pipe.stop_session(session)
+            if len(got) == 5:
+                pipe.stop_session(session.session_id)
+        assert len(got) >= 5
+        assert got[-1].error_code == "aborted"
+
+    asyncio.run(main())
+
+
 def test_a_stream_that_the_garbage_collector_ends_while_a_turn_is_submitted(
     pipe: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +211,11 @@ def test_async_calls_need_no_place_in_the_loops_pool_and_end_when_cancelled(pipe
         ended = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(one) for one in ended] == [asyncio.CancelledError] * 4
         assert [piece async for piece in pipe.generate("wheel", GREEDY)]
+        threads = threading.active_count()
+        many = [asyncio.ensure_future(pipe.async_batch_infer("water", GREEDY)) for _ in range(200)]
+        await asyncio.sleep(0.05)
+        assert threading.active_count() <= threads + 1, "a thread for each call would be thousands"
+        assert len({answer.text for answer in await asyncio.gather(*many)}) == 1
         answers = await pipe.async_batch_infer((word * length for word, length in (("water ", 40), ("a", 1), ("b", 1))), GREEDY)
         assert [answer.index for answer in answers] == [0, 1, 2]
         assert (await pipe.async_batch_infer("water", GREEDY)).text == pipe("water", GREEDY).text  # type: ignore[union-attr]

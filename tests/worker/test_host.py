@@ -14,6 +14,7 @@ from worker_process import wait_for
 from headrace.config import GenerationConfig, PytorchEngineConfig
 from headrace.errors import EngineError, InvalidRequest, ModelLoadError
 from headrace.settings import Settings
+from worker import host as worker_host
 from worker.host import EngineHost, load_frontend
 
 ECHO = Settings(model="m", engine_frontend="echo_frontend:EchoFrontend", engine_config='{"tp": 2, "max_batch_size": 3}')
@@ -62,7 +63,8 @@ def test_a_batch_size_that_nobody_gave_goes_by_the_device() -> None:
 
 def test_room_is_for_what_runs_and_for_what_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    # The host's own clock: an event loop of this process that saw it would sleep for hours.
+    monkeypatch.setattr(worker_host, "time", SimpleNamespace(monotonic=lambda: clock))
     engine = EchoFrontend("m", pause_s=30)
     engine.max_running = 100
     host = EngineHost(lambda _: engine, stall_s=1e9)
