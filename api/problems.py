@@ -71,7 +71,7 @@ class Problem(_Shape):
     errors: list[FieldError] | None = None
     request_id: str | None = None
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # mypy has no decorated properties; pydantic's documentation says so
     @property
     def error(self) -> OpenAIError:
         """The same in OpenAI's form."""

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Final
 
+from api.file_batches import CLOSE_PATIENCE_S
 from api.services import Services
-from headrace.errors import NotFound, StorageFull, StoreUnavailable
+from headrace.errors import StorageFull, StoreUnavailable
 from headrace.upkeep import sweep
 
 log = logging.getLogger(__name__)
-
-CLOSE_PATIENCE_S: Final = 10.0
 
 
 class Upkeep:
@@ -42,7 +40,5 @@ class Upkeep:
                 log.warning(
                     "what is due is ended later: %s", error.message, extra={"event": "sweep_postponed", "code": error.code}
                 )
-            except NotFound:
-                continue  # a batch was deleted in the moment that its time was up
             except Exception:
                 log.exception("a sweep failed; the next one tries again", extra={"event": "sweep_failed"})

@@ -29,7 +29,7 @@ DeviceName = Literal["cpu", "cuda"]
 _MAX_RUNNING = ((64, 1024), (40, 512), (20, 256), (0, 128))
 _MAX_RUNNING_ON_CPU = 128
 _ASKING_S = 20.0
-"""A driver that nobody keeps awake takes a second a GPU to answer."""
+"""A driver that nothing keeps awake has to start first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +175,8 @@ def _max_running(device: DeviceName) -> int:
         return _MAX_RUNNING_ON_CPU
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        # Asked here, it costs no CUDA context: a parent of engines would hold 500 MiB of the GPU for one number.
-        said = subprocess.run(command, capture_output=True, text=True, timeout=_ASKING_S, check=True).stdout  # noqa: S603
+        # Asking the driver costs no CUDA context, which the parent of engines would hold on the GPU for one number.
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_ASKING_S, check=True).stdout  # noqa: S603  # fixed words
         gib = min(int(line) for line in said.splitlines()) / 1024
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         gib = _MAX_RUNNING[0][0]

@@ -170,6 +170,12 @@ def share(total: int, group: ParallelGroup) -> slice:
     return slice(group.rank * part, (group.rank + 1) * part)
 
 
+def row_share(rows: int, *, rank: int, size: int) -> slice:
+    """Give a rank's part of `rows` rows that need not divide: the last ranks may have fewer, or none."""
+    part = -(-rows // size)
+    return slice(min(rank * part, rows), min((rank + 1) * part, rows))
+
+
 def replicated_share(heads: int, group: ParallelGroup) -> Sequence[int]:
     """Give this rank's heads of `heads`; where there are fewer heads than ranks, neighbours hold the same one."""
     if heads >= group.size:

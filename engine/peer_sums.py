@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine import measured_table
 from engine.captured_time import captured_us
+from engine.parallel import row_share
 from engine.peer_memory import PeerMemory, share_memory
 from kernels import all_reduce
 from kernels.rms_norm import add_rms_norm
@@ -92,8 +93,7 @@ class PeerSums:
         ]
 
     def _share(self, rank: int, rows: int) -> slice:
-        share = -(-rows // self._group.size)
-        return slice(min(rank * share, rows), min((rank + 1) * share, rows))
+        return row_share(rows, rank=rank, size=self._group.size)
 
     def _target(self, rank: int, rows: int) -> Tensor:
         mine = self._share(rank, rows)

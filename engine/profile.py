@@ -44,7 +44,7 @@ class StepProfile(NamedTuple):
         """Let PyTorch's allocator hold the largest step's memory in one piece, which smaller ones are cut from.
 
         A step with more rows than any before would otherwise ask the driver for larger pieces, which waits for the step that runs: every
-        step with prompts while a batch comes up, 0.3 ms of idle device each. After an `OutOfDeviceMemory` the piece is gone for good.
+        step with prompts while a batch comes up, 0.3 ms of idle device each (`between_us` of mixed steps, engine.jsonl, f2e27cb and de8d5e5). After an `OutOfDeviceMemory` the piece is gone for good.
         """
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # a step that doesn't fit is made smaller, when there is one
             torch.empty(self.peak_bytes, dtype=torch.uint8, device=device)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.parallel import ParallelGroup
+from engine.parallel import ParallelGroup, row_share
 
 LEAST_ROWS = 128
-"""From so many on the logits take longer to bring together than the tokens take to tell."""
+"""By the times of docs/decisions/0014 bringing the logits together costs more from here on than telling the tokens; the bound itself wasn't measured."""
 _WIDTH = 16
 """Words are told by multiples of so many: Triton compiles for widths and addresses that divide by 16, and for others apart."""
 
@@ -29,8 +29,7 @@ class RowShares:
         """Give this rank's of `rows` rows; None: every rank samples all of them."""
         if self._group.size == 1 or rows < LEAST_ROWS:
             return None
-        share = -(-rows // self._group.size)
-        return slice(min(self._group.rank * share, rows), min((self._group.rank + 1) * share, rows))
+        return row_share(rows, rank=self._group.rank, size=self._group.size)
 
     def tell(self, tokens_q: Tensor, best_q: Tensor, *, rows: int) -> tuple[Tensor, Tensor]:
         """Give all rows' (tokens int64 [Q], largest logits float32 [Q]), where this rank drew those of its share."""

@@ -87,14 +87,14 @@ class Runner:
             hidden_RD = hidden_RD[count:]
         if not len(rows.slots):
             return running
-        mine = self._shares.mine(len(rows.slots)) if self._sampler.may_be_shared(rows) else None
+        mine = self._shares.mine(len(rows.slots))
+        if mine is not None and not self._sampler.may_be_shared(rows):
+            mine = None
         logits_QV = self._head(hidden_RD, mine)
-        if mine is not None:
-            self._sample_share(logits_QV, rows, mine, running)
-        elif self._sampler.waits_for_masks(rows):
+        if self._sampler.waits_for_masks(rows):
             self._unsampled = _Unsampled(logits_QV, rows, running)
         else:
-            self._sample(logits_QV, rows, running)
+            self._sample(logits_QV, rows, running, mine=mine)
         return running
 
     @property
@@ -107,19 +107,27 @@ class Runner:
         """Sample the step launched last."""
         assert self._unsampled is not None, "masks for a step that doesn't wait for any"
         (logits_QV, rows, running), self._unsampled = self._unsampled, None
-        self._sample(logits_QV, rows, running, masks)
+        self._sample(logits_QV, rows, running, masks=masks)
 
-    def _sample(self, logits_QV: Tensor, rows: SampledRows, running: _Launched, masks: TokenMasks | None = None) -> None:
-        sampled = self._sampler.sample(logits_QV, rows, self._table.token_ids_SL, masks)
-        stored_2Q = self._table.store(rows, sampled.tokens_Q, sampled.best_Q)
+    def _sample(
+        self,
+        logits_qV: Tensor,
+        rows: SampledRows,
+        running: _Launched,
+        *,
+        masks: TokenMasks | None = None,
+        mine: slice | None = None,
+    ) -> None:
+        """Sample the rows, or this rank's of them, whose logits these are, and store the tokens of all."""
+        own = rows if mine is None else rows.some(mine)
+        sampled = self._sampler.sample(logits_qV, own, self._table.token_ids_SL, masks)
+        tokens_Q, best_Q = sampled.tokens_Q, sampled.best_Q
+        if mine is not None:
+            tokens_Q, best_Q = self._shares.tell(tokens_Q, best_Q, rows=len(rows.slots))
+        stored_2Q = self._table.store(rows, tokens_Q, best_Q)
         if sampled.held:
             self._sampler.advance(stored_2Q, rows)
         running.start(stored_2Q, sampled)
-
-    def _sample_share(self, logits_qV: Tensor, rows: SampledRows, mine: slice, running: _Launched) -> None:
-        sampled = self._sampler.sample(logits_qV, rows.some(mine), self._table.token_ids_SL)
-        tokens_Q, best_Q = self._shares.tell(sampled.tokens_Q, sampled.best_Q, rows=len(rows.slots))
-        running.start(self._table.store(rows, tokens_Q, best_Q), sampled)
 
     def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks before anything of the step reads or writes them; a replayed graph comes after it on the same stream."""

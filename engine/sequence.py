@@ -153,9 +153,10 @@ def make_sequence(request: TokenRequest, *, arrival: int, session_len: int, num_
     # The last token's KV is never computed, so one token more than the pool's positions can be there.
     room = min(longest, capacity + 1) - num_prompt
     fits = request.max_new_tokens <= room
+    ends_at: LimitName = "session_len" if longest <= capacity + 1 else "kv_pool"
     return SequenceState(
         request,
         arrival=arrival,
         max_new_tokens=request.max_new_tokens if fits else room,
-        limit=request.limit if fits else "session_len" if longest <= capacity + 1 else "kv_pool",
+        limit=request.limit if fits else ends_at,
     )

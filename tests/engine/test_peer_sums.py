@@ -207,7 +207,7 @@ def test_ranks_tell_each_other_what_they_drew() -> None:
     barrier, table = threading.Barrier(SIZE), [torch.empty(0)] * SIZE
     groups = [Together(rank, barrier, table) for rank in range(SIZE)]
     for group, memory in zip(groups, memories(), strict=True):
-        group.sums = Meeting(group, memory, dim=64, dtype=torch.float64)  # type: ignore[arg-type]
+        group.sums = Meeting(group, memory, dim=64, dtype=torch.float64)  # type: ignore[arg-type]  # a group of threads
 
     def rank(group: Together) -> None:
         shares = RowShares(group, device=torch.device("cpu"))

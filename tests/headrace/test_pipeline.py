@@ -123,8 +123,8 @@ def test_length_limits(pipe: AsyncEngine) -> None:
 def test_a_pool_that_ends_answers_says_so(tiny_model_dir: Path) -> None:
     with pipeline(str(tiny_model_dir), backend_config=replace(CONFIG, num_gpu_blocks=2)) as small:
         answer = small("water", GenerationConfig(max_new_tokens=200, ignore_eos=True))
-    assert answer.input_token_len + len(answer.token_ids) == 33  # type: ignore[union-attr]
-    assert (answer.finish_reason, answer.stop_detail) == ("length", "kv_pool")  # type: ignore[union-attr]
+    assert answer.input_token_len + len(answer.token_ids) == 33  # type: ignore[union-attr]  # one prompt, one answer
+    assert (answer.finish_reason, answer.stop_detail) == ("length", "kv_pool")  # type: ignore[union-attr]  # the same
 
 
 def test_stop_words_cut_the_text_across_tokens(pipe: AsyncEngine) -> None:

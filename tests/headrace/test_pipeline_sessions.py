@@ -171,10 +171,10 @@ def test_a_stream_that_the_garbage_collector_ends_while_a_turn_is_submitted(
 
 def test_what_is_no_turn_is_refused_by_name(pipe: AsyncEngine) -> None:
     with pytest.raises(InvalidRequest, match="text, not list") as refused:
-        pipe.chat(USER)  # type: ignore[call-overload]
+        pipe.chat(USER)  # type: ignore[call-overload]  # what is refused
     assert refused.value.param == "prompt"
     with pytest.raises(InvalidRequest, match="not int") as refused:
-        pipe.chat("hi", 5)  # type: ignore[call-overload]
+        pipe.chat("hi", 5)  # type: ignore[call-overload]  # what is refused
     assert refused.value.param == "session"
 
 
@@ -191,7 +191,7 @@ def test_generate_under_one_id_again_and_again(pipe: AsyncEngine) -> None:
                     break
 
     asyncio.run(main())
-    turn.close()  # type: ignore[attr-defined]
+    turn.close()  # type: ignore[attr-defined]  # a generator's
     assert_idle(pipe)
 
 
@@ -218,7 +218,7 @@ def test_async_calls_need_no_place_in_the_loops_pool_and_end_when_cancelled(pipe
         assert len({answer.text for answer in await asyncio.gather(*many)}) == 1
         answers = await pipe.async_batch_infer((word * length for word, length in (("water ", 40), ("a", 1), ("b", 1))), GREEDY)
         assert [answer.index for answer in answers] == [0, 1, 2]
-        assert (await pipe.async_batch_infer("water", GREEDY)).text == pipe("water", GREEDY).text  # type: ignore[union-attr]
+        assert (await pipe.async_batch_infer("water", GREEDY)).text == pipe("water", GREEDY).text  # type: ignore[union-attr]  # one prompt, one answer
         with pytest.raises(InvalidRequest, match="prompts is"):
             await pipe.async_batch_infer(5)
 
