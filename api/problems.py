@@ -99,7 +99,7 @@ class InvalidBody(InvalidRequest):
 
 
 def expect_openais_client(request: Request) -> None:
-    """Note that this request is OpenAI's, whose clients raise `BadRequestError` for a 400 and look for it where a request is wrong."""
+    """Note that this request is of OpenAI's form: what is wrong with it is a 400, which their clients raise as `BadRequestError`."""
     request.scope[_OPENAIS] = True
 
 

@@ -308,10 +308,10 @@ def test_a_step_put_back_at_its_sampling_is_counted_once(tiny_model_dir, monkeyp
     expected = run(undisturbed, [asked])["1"].token_ids
     sample, calls = Runner._sample, itertools.count(1)
 
-    def in_little_memory(runner: Runner, *step: Any) -> None:
+    def in_little_memory(runner: Runner, *step: Any, **how: Any) -> None:
         if next(calls) % 3 == 0:
             raise torch.OutOfMemoryError("out of memory")
-        sample(runner, *step)
+        sample(runner, *step, **how)
 
     monkeypatch.setattr(Runner, "_sample", in_little_memory)
     engine = make_engine(tiny_model_dir, block_size=16, num_gpu_blocks=20)
