@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 import ledger
 import torch
+from crowded_ranks import crowd
 from rank_checks import GATHER, failures
 
 from engine.captured_time import captured_us
@@ -182,7 +183,9 @@ def main() -> int:
             others.append(subprocess.Popen(command))  # noqa: S603  # this file
     else:
         store = join_store(arguments.address)
-    device = torch.device("cuda", arguments.rank)
+    if arguments.check_only:
+        crowd(arguments.ranks)
+    device = torch.device("cuda", arguments.rank % torch.cuda.device_count())
     status = 1
     try:
         with torch.cuda.device(device), torch.inference_mode():

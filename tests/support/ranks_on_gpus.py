@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from crowded_ranks import crowd
 from engine_driver import run
 
 from engine.engine import Engine
@@ -65,6 +66,7 @@ def _run(engine: Engine, jobs: Sequence[TokenRequest]) -> Tokens:
 def _rank_zero(given: Path) -> None:
     fields, jobs = pickle.loads(given.read_bytes())
     options = EngineOptions.from_dict(fields)
+    crowd(options.tp)
     rendezvous = Rendezvous()
     others = [
         subprocess.Popen([sys.executable, __file__, json.dumps(fields), str(rank), rendezvous.address])
@@ -83,4 +85,5 @@ if __name__ == "__main__":
         _rank_zero(Path(sys.argv[1]))
     else:
         options = EngineOptions.from_dict(json.loads(sys.argv[1]))
+        crowd(options.tp)
         serve_rank(options, int(sys.argv[2]), options.tp, sys.argv[3])
