@@ -148,6 +148,7 @@ def make_engine(
         "num_gpu_blocks": arguments.num_blocks,
         "enable_prefix_caching": False,
         "eager_mode": arguments.eager,
+        "quant_policy": arguments.quant_policy,
         "tp": arguments.tp,
     }
     options = resolve(model, PytorchEngineConfig(**{**given, **fields}))
@@ -252,6 +253,7 @@ def workloads(arguments: argparse.Namespace) -> None:
         common = {"model": path.name if arguments.model else "random-llama-8b", "dtype": arguments.dtype}
         common |= {
             "tp": arguments.tp,
+            "quant_policy": arguments.quant_policy,
             "max_batch_size": arguments.max_batch_size,
             "ready_s": round(IMPORTED_S + ready, 1),
             "ready_parts_s": parts,
@@ -354,6 +356,7 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=1024 if cuda else 64)
     parser.add_argument("--max-prefill-token-num", type=int, default=8192)
     parser.add_argument("--prefill-interval", type=int, default=16)
+    parser.add_argument("--quant-policy", type=int, default=0, choices=(0, 8), help="8: KV cache of 8-bit integers")
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--num-blocks", type=int, default=0, help="0: as many as the memory holds")
     parser.add_argument("--session-len", type=int, default=4096)

@@ -119,9 +119,9 @@ def measure_bandwidth() -> Row:
     return {"op": "bandwidth", "copy_gbs": round(copy / 1e9), "read_gbs": round(read / 1e9)}
 
 
-def paged_inputs(lens: list[tuple[int, int]]) -> tuple[Any, ...]:
-    """Random queries, caches and metadata for rows of (query length, context length)."""
-    from kernels.attention import AttentionMetadata
+def paged_inputs(lens: list[tuple[int, int]], *, int8: bool = False) -> tuple[Any, ...]:
+    """Random queries, caches, metadata and scales (None unless `int8`) for rows of (query length, context length)."""
+    from kernels.attention import AttentionMetadata, KVScales
 
     pages = [-(-context // BLOCK_SIZE) for _, context in lens]
     order = torch.randperm(sum(pages), device="cuda").int()
@@ -137,9 +137,14 @@ def paged_inputs(lens: list[tuple[int, int]]) -> tuple[Any, ...]:
         sum(q == 1 for q in queries),
         max(queries),
         max(contexts),
+        host_context_lens=tuple(contexts),
     )
     q = torch.randn(sum(queries), HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    return q, k_cache, torch.randn_like(k_cache), metadata
+    if not int8:
+        return q, k_cache, torch.randn_like(k_cache), metadata, None
+    integers = [torch.randint(-127, 128, k_cache.shape, device="cuda", dtype=torch.int8) for _ in range(2)]
+    scales = KVScales(*(torch.rand(k_cache.shape[:3], device="cuda") / 50 for _ in range(2)))
+    return q, integers[0], integers[1].unflatten(2, (-1, 4)).transpose(-1, -2).contiguous(), metadata, scales
 
 
 def decode_loads() -> Iterator[tuple[str, list[int]]]:
@@ -153,41 +158,52 @@ def decode_loads() -> Iterator[tuple[str, list[int]]]:
     yield "1 x 32768", [32768]
 
 
-def decode_shapes() -> Iterator[DecodeShape]:
+def decode_shapes(*, int8: bool) -> Iterator[DecodeShape]:
     """Ways to cut a launch: tile, programs, least tiles of a part, warps, tiles in flight, most programs."""
+    if int8:
+        for tile, programs, warps, stages in itertools.product((32, 64), (264, 528), (1, 2), (2, 3, 4)):
+            yield DecodeShape(tile, programs, 128 // tile, warps, stages)
+        return
     for programs, warps, stages in itertools.product((132, 264, 396, 528), (2, 4), (2, 3, 4)):
         yield DecodeShape(64, programs, 2, warps, stages)
     for programs, warps, most in itertools.product((264, 396), (2, 4), (264, 396, 528, None)):
         yield DecodeShape(32, programs, 4, warps, 3, most)
 
 
-def bench_decode(limit: Row, *, sweep: bool) -> Iterator[Row]:
+def bench_decode(limit: Row, *, sweep: bool, int8: bool = False) -> Iterator[Row]:
     from kernels.gpu.attention import paged_attention, plan_attention
 
     for name, lens in decode_loads():
-        q, k_cache, v_cache, metadata = paged_inputs([(1, n) for n in lens])
+        q, k_cache, v_cache, metadata, scales = paged_inputs([(1, n) for n in lens], int8=int8)
         # As in a model: layer after layer, each with a cache of its own, together far larger than the L2 cache.
         layers = max(1, (1 << 28) // k_cache.nbytes)
         caches = [(k_cache, v_cache), *((k_cache.clone(), v_cache.clone()) for _ in range(layers - 1))]
-        size = 2 * sum(lens) * KV_HEADS * HEAD_DIM * 2 + 2 * q.numel() * 2
+        size = 2 * sum(lens) * KV_HEADS * (HEAD_DIM + 4 if int8 else HEAD_DIM * 2) + 2 * q.numel() * 2
         scale = HEAD_DIM**-0.5
 
         def row(time: float, load: str, size: int = size, **more: Any) -> Row:
             rate = size / time / 1e9
             share = round(rate / limit["read_gbs"], 3)
-            return {"op": "decode", "load": load, "us": round(time * 1e6, 1), "gbs": round(rate), "of_read": share, **more}
+            return {
+                "op": "decode_int8" if int8 else "decode",
+                "load": load,
+                "us": round(time * 1e6, 1),
+                "gbs": round(rate),
+                "of_read": share,
+                **more,
+            }
 
         # As in a model: the plan is made once a step, not once a layer; it's timed as a row of its own.
         planned = plan_attention(metadata, k_cache, (None,))
-        time = seconds(*(partial(paged_attention, q, *cache, planned, scale, None) for cache in caches))
+        time = seconds(*(partial(paged_attention, q, *cache, planned, scale, None, scales) for cache in caches))
         read = fastest_read(size)
         yield row(time, name, read_us=round(read * 1e6, 1), of_read_of_this_size=round(read / time, 3))
         if not sweep or name not in DECODE_SWEEP:
             continue
-        for shape in decode_shapes():
+        for shape in decode_shapes(int8=int8):
             plan = plan_decode(metadata.context_lens_R, num_kv_heads=KV_HEADS, sliding_window=None, shape=shape)
             other = metadata._replace(plans=(plan,))
-            time = seconds(*(partial(paged_attention, q, *cache, other, scale, None) for cache in caches), repeats=5)
+            time = seconds(*(partial(paged_attention, q, *cache, other, scale, None, scales) for cache in caches), repeats=5)
             yield row(time, name, shape=list(shape))
 
 
@@ -204,20 +220,29 @@ def prefill_loads() -> Iterator[tuple[str, list[tuple[int, int]]]]:
     )
 
 
-def bench_prefill(_limit: Row, *, sweep: bool) -> Iterator[Row]:
+def bench_prefill(_limit: Row, *, sweep: bool, int8: bool = False) -> Iterator[Row]:
     from kernels.gpu import prefill_attention as prefill
-    from kernels.gpu.attention import paged_attention
+    from kernels.gpu.attention import paged_attention, plan_attention
 
     for name, lens in prefill_loads():
-        q, k_cache, v_cache, metadata = paged_inputs(lens)
+        q, k_cache, v_cache, metadata, scales = paged_inputs(lens, int8=int8)
         visible = sum(n * c - n * (n - 1) // 2 for n, c in lens)
         flops = 4 * HEADS * HEAD_DIM * visible
         scale = HEAD_DIM**-0.5
 
         def row(time: float, load: str, flops: int = flops, **more: Any) -> Row:
-            return {"op": "prefill", "load": load, "us": round(time * 1e6, 1), "tflops": round(flops / time / 1e12), **more}
+            return {
+                "op": "prefill_int8" if int8 else "prefill",
+                "load": load,
+                "us": round(time * 1e6, 1),
+                "tflops": round(flops / time / 1e12),
+                **more,
+            }
 
-        yield row(seconds(partial(paged_attention, q, k_cache, v_cache, metadata, scale, None)), name)
+        planned = plan_attention(metadata, k_cache, (None,))
+        yield row(seconds(partial(paged_attention, q, k_cache, v_cache, planned, scale, None, scales)), name)
+        if int8:
+            continue
         if len(set(lens)) == 1 and lens[0][0] == lens[0][1]:
             dense = torch.randn(len(lens), HEADS, lens[0][0], HEAD_DIM, device="cuda", dtype=torch.bfloat16)
             attend = torch.nn.functional.scaled_dot_product_attention
@@ -280,7 +305,7 @@ def bench_planning(_limit: Row, *, sweep: bool) -> Iterator[Row]:
     from kernels.gpu.attention import plan_attention
 
     for rows in (1, 32, 128, 512, 1024):
-        _, k_cache, _, metadata = paged_inputs([(1, 1024)] * rows)
+        _, k_cache, _, metadata, _ = paged_inputs([(1, 1024)] * rows)
         time = seconds(partial(plan_attention, metadata, k_cache, (None,)))
         yield {"op": "decode_plan", "load": f"{rows} rows", "us": round(time * 1e6, 1)}
 
@@ -310,6 +335,8 @@ def bench_blocks(limit: Row, *, sweep: bool) -> Iterator[Row]:
 BENCHES: dict[str, tuple[Callable[..., Iterator[Row]], set[str]]] = {
     "decode": (bench_decode, {"decode", "decode_shares"}),
     "prefill": (bench_prefill, {"prefill"}),
+    "decode_int8": (partial(bench_decode, int8=True), {"decode", "decode_shares"}),
+    "prefill_int8": (partial(bench_prefill, int8=True), {"prefill"}),
     "small": (bench_small, {"rms_norm", "silu_mul", "rotary", "blocks"}),
     "sampling": (bench_sampling, {"sampling"}),
     "planning": (bench_planning, {"decode_shares"}),

@@ -91,6 +91,7 @@ PYTORCH = {
     "max_prefill_token_num": Note(COUNT, "16384, and logits of every prompt token", "halved until the pool fits"),
     "cache_max_entry_count": Note("above 0, below 1", ABSENT, "before activations, by formula"),
     "enable_prefix_caching": Note("True or False", ABSENT, "default False"),
+    "quant_policy": Note("0 or 8", ABSENT, "4: 4-bit, 8: 8-bit, and formats of 8 bits with a point"),
     "dtype": Note("one of these", ABSENT, SAME),
     "device": Note("one of these", ABSENT, "`device_type`"),
     "eager_mode": Note("True or False", "always eager", SAME),
@@ -104,7 +105,7 @@ TURBOMIND = {
     "cache_max_entry_count": Note(
         "above 0, below 1, or whole from 1", "fraction of the device's whole memory", "0.8, of what is free after the weights"
     ),
-    "quant_policy": Note(REFUSED, "4: 8-bit KV with scales from a calibration", "4: 4-bit, 8: 8-bit, without calibration"),
+    "quant_policy": Note("0, 4 or 8", "4: 8-bit KV with scales from a calibration", "4: 4-bit, 8: 8-bit, without calibration"),
     "rope_scaling_factor": Note(
         "below 1 (off): from 1 it is refused by name", "from 1: dynamic NTK, fixed for each sequence", SAME
     ),

@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine import kv_cache
+from engine.models.decoder import LayerCache
 from engine.models.spec import ModelSpec
 from engine.options import EngineOptions
 from kernels.attention import AttentionMetadata, paged_attention, plan_attention
@@ -76,16 +78,25 @@ def _calls(spec: ModelSpec, options: EngineOptions, device: torch.device) -> Ite
     yield lambda: silu_mul(zeros(2, 2 * spec.intermediate_size))
 
 
-def _cache(spec: ModelSpec, options: EngineOptions, zeros: Callable[..., Tensor]) -> Tensor:
-    return zeros(1, spec.num_kv_heads, options.block_size, spec.head_dim)
+def _cache(spec: ModelSpec, options: EngineOptions, device: torch.device) -> LayerCache:
+    (cache,) = kv_cache.allocate(
+        spec,
+        num_blocks=1,
+        block_size=options.block_size,
+        dtype=getattr(torch, options.dtype),
+        device=device,
+        num_layers=1,
+        int8=options.int8_kv,
+    )
+    return cache
 
 
 def _attend(
     spec: ModelSpec, options: EngineOptions, zeros: Callable[..., Tensor], rows: int, query_len: int, window: int | None
 ) -> None:
     """Attend `rows` rows of `query_len` tokens each."""
-    cache = _cache(spec, options, zeros)
     starts = zeros(rows + 1, of=torch.int32)
+    k_BKSH, v_BKSH, scales = _cache(spec, options, starts.device)
     starts += torch.arange(rows + 1, dtype=torch.int32, device=starts.device) * query_len
     metadata = AttentionMetadata(
         block_tables_RP=zeros(rows, 1, of=torch.int32),
@@ -95,20 +106,20 @@ def _attend(
         max_query_len=query_len,
         max_context_len=query_len,
     )
-    metadata = plan_attention(metadata, cache, windows=(window,))
+    metadata = plan_attention(metadata, k_BKSH, windows=(window,))
     q_TNH = zeros(rows * query_len, spec.num_heads, spec.head_dim)
-    paged_attention(q_TNH, cache, cache, metadata, scale=spec.head_dim**-0.5, sliding_window=window)
+    paged_attention(q_TNH, k_BKSH, v_BKSH, metadata, scale=spec.head_dim**-0.5, sliding_window=window, scales=scales)
 
 
 def _rotate(spec: ModelSpec, options: EngineOptions, zeros: Callable[..., Tensor]) -> None:
     heads, kv_heads = spec.num_heads, spec.num_kv_heads
     qkv_TLH = zeros(2, heads + 2 * kv_heads, spec.head_dim)
-    cache = _cache(spec, options, zeros)
+    k_BKSH, v_BKSH, scales = _cache(spec, options, qkv_TLH.device)
     norm_H = zeros(spec.head_dim) if spec.qk_norm else None
     places_T = zeros(2, of=torch.int64)
     angles_MH = zeros(2, spec.head_dim, of=torch.float32)
     q_TNH, k_TKH, v_TKH = qkv_TLH.split([heads, kv_heads, kv_heads], dim=1)
-    rotary_kv_write(q_TNH, k_TKH, v_TKH, angles_MH, places_T, places_T, cache, cache.clone(), norm_H, norm_H, spec.norm_eps)
+    rotary_kv_write(q_TNH, k_TKH, v_TKH, angles_MH, places_T, places_T, k_BKSH, v_BKSH, norm_H, norm_H, spec.norm_eps, scales)
 
 
 def _norm(spec: ModelSpec, zeros: Callable[..., Tensor]) -> None:

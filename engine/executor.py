@@ -81,7 +81,12 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
         memory = _budget(options, decoder, group, profile, dtype=dtype, device=device)
         watch.lap("profile")
         caches = kv_cache.allocate(
-            decoder.spec, num_blocks=memory.num_blocks, block_size=options.block_size, dtype=dtype, device=device
+            decoder.spec,
+            num_blocks=memory.num_blocks,
+            block_size=options.block_size,
+            dtype=dtype,
+            device=device,
+            int8=options.int8_kv,
         )
         watch.lap("kv_pool")
     slots = options.max_batch_size
@@ -159,8 +164,8 @@ def _budget(
     dtype: torch.dtype,
     device: torch.device,
 ) -> MemoryReport:
-    one_block = kv_cache.block_bytes(decoder.spec, block_size=options.block_size, dtype=dtype)
-    activations = 0 if profile is None else profile.peak_bytes
+    one_block = kv_cache.block_bytes(decoder.spec, block_size=options.block_size, dtype=dtype, int8=options.int8_kv)
+    activations = 0 if profile is None else profile.peak_bytes + kv_cache.unpacked_bytes(decoder.spec, options, dtype=dtype)
     free = max(0, kv_cache.free_memory(device) - activations)
     if device.type == "cpu":
         free //= group.size  # the ranks share the host's memory

@@ -1,6 +1,7 @@
 """The paged KV pool of one rank: how many blocks there are, and the tensors that hold them.
 
-Layout: for each layer keys and values apart, [B, K, S, H] = (block, KV head, position in the block, head dim), contiguous.
+Layout: for each layer keys and values apart, [B, K, S, H] = (block, KV head, position in the block, head dim), contiguous. Where they are
+8-bit integers, values are [B, K, S / 4, H, 4], and beside both are their scales, [B, K, S] in float32.
 Who owns which block is the scheduler's business, not known here.
 """
 
@@ -20,6 +21,7 @@ from engine.models.decoder import LayerCache
 from engine.models.spec import ModelSpec
 from engine.options import EngineOptions
 from headrace.errors import InvalidRequest, KVCapacity
+from kernels.attention import UNPACKED_POSITIONS, KVScales
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +47,18 @@ class MemoryReport:
     """What capturing the decode graphs took, measured behind the pool; 0 where there are none."""
 
 
-def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, int8: bool = False) -> int:
     """Bytes of one block over all layers of this rank (`spec` is the rank's share)."""
-    return 2 * spec.num_layers * spec.num_kv_heads * block_size * spec.head_dim * dtype.itemsize
+    position = spec.head_dim + torch.float32.itemsize if int8 else spec.head_dim * dtype.itemsize
+    return 2 * spec.num_layers * spec.num_kv_heads * block_size * position
+
+
+def unpacked_bytes(spec: ModelSpec, options: EngineOptions, *, dtype: torch.dtype) -> int:
+    """Bytes that a GPU needs at most to attend to prompts from an int8 pool: one layer's keys and values in `dtype`."""
+    if not options.int8_kv or options.device == "cpu":
+        return 0
+    positions = max(UNPACKED_POSITIONS, options.session_len + options.block_size)
+    return 2 * positions * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
 def left_by_requests(options: EngineOptions, *, requests: int, free: int) -> int:
@@ -111,12 +122,22 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     num_layers: int | None = None,
+    int8: bool = False,
 ) -> tuple[LayerCache, ...]:
-    """Allocate keys and values of every layer, or of `num_layers`. Zeros: an unwritten NaN would survive a multiplication by a masked weight of 0."""
-    shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
-    return tuple(
-        LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(num_layers or spec.num_layers)
-    )
+    """Allocate keys and values of every layer, or of `num_layers`, in `dtype` or as int8 with scales.
+
+    Zeros: an unwritten NaN would survive a multiplication by a masked weight of 0.
+    """
+    places = (num_blocks, spec.num_kv_heads, block_size)
+
+    def layer() -> LayerCache:
+        k_BKSH, v_BKSH = (_zeros((*places, spec.head_dim), torch.int8 if int8 else dtype, device) for _ in range(2))
+        if not int8:
+            return LayerCache(k_BKSH, v_BKSH)
+        scales = KVScales(*(_zeros(places, torch.float32, device) for _ in range(2)))
+        return LayerCache(k_BKSH, v_BKSH.view(num_blocks, spec.num_kv_heads, -1, spec.head_dim, 4), scales)
+
+    return tuple(layer() for _ in range(num_layers or spec.num_layers))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -48,6 +48,7 @@ class EngineOptions:
     prefill_interval: int
     cache_max_entry_count: float
     enable_prefix_caching: bool
+    quant_policy: Literal[0, 8]
     dtype: DTypeName
     device: DeviceName
     eager_mode: bool
@@ -57,6 +58,11 @@ class EngineOptions:
     def max_blocks_per_sequence(self) -> int:
         """Blocks that one sequence of `session_len` tokens fills."""
         return -(-self.session_len // self.block_size)
+
+    @property
+    def int8_kv(self) -> bool:
+        """Whether the KV pool holds 8-bit integers."""
+        return self.quant_policy == 8
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form."""
@@ -97,6 +103,7 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
         prefill_interval=config.prefill_interval,
         cache_max_entry_count=config.cache_max_entry_count,
         enable_prefix_caching=config.enable_prefix_caching,
+        quant_policy=config.quant_policy,
         dtype=_dtype(config, info, device),
         device=device,
         eager_mode=config.eager_mode,
@@ -111,10 +118,6 @@ def _from_turbomind(config: TurbomindEngineConfig) -> PytorchEngineConfig:
             f"model_format={config.model_format!r} is not supported by this build; give a Hugging Face directory",
             param="model_format",
         )
-    if config.quant_policy != 0:
-        raise UnsupportedOption(
-            f"quant_policy={config.quant_policy} (8-bit KV) is not supported by this build; leave it at 0", param="quant_policy"
-        )
     if config.rope_scaling_factor >= 1:
         raise UnsupportedOption(
             "rope_scaling_factor is not supported by this build; leave it at 0 and use the model's own rope scaling",
@@ -122,6 +125,11 @@ def _from_turbomind(config: TurbomindEngineConfig) -> PytorchEngineConfig:
         )
     if config.use_logn_attn:
         raise UnsupportedOption("use_logn_attn is not supported by this build; leave it off", param="use_logn_attn")
+    if config.quant_policy == 4:
+        log.warning(
+            "quant_policy=4 is the document's number for an 8-bit KV cache, and that is what runs; later releases mean 4 bits by it: say 8",
+            extra={"event": "quant_policy_by_document"},
+        )
     pool = config.cache_max_entry_count
     sizes: dict[str, Any] = {"num_gpu_blocks": int(pool)} if pool >= 1 else {"cache_max_entry_count": float(pool)}
     return PytorchEngineConfig(
@@ -129,6 +137,7 @@ def _from_turbomind(config: TurbomindEngineConfig) -> PytorchEngineConfig:
         tp=config.tp,
         session_len=config.session_len,
         max_batch_size=config.max_batch_size,
+        quant_policy=8 if config.quant_policy else 0,
         **sizes,
     )
 

@@ -62,6 +62,7 @@ def profile_steps(decoder: Decoder, options: EngineOptions) -> StepProfile:
         dtype=dtype,
         device=device,
         num_layers=1,
+        int8=options.int8_kv,
     )
     caches = [cache] * decoder.spec.num_layers
     budget = options.max_prefill_token_num

@@ -132,7 +132,7 @@ class Runner:
     def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks before anything of the step reads or writes them; a replayed graph comes after it on the same stream."""
         pairs_P2 = upload(np.array(pairs, dtype=np.int64), self._caches[0].k_BKSH.device)
-        copy_blocks([part for cache in self._caches for part in cache], pairs_P2)
+        copy_blocks([part for cache in self._caches for part in cache.tensors], pairs_P2)
 
 
 class _Done:

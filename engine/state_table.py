@@ -135,7 +135,8 @@ class StateTable:
             max_query_len=1,
             max_context_len=longest,
             query_lens=(1,) * count,
-            host_context_lens=self._on_host(lengths),
+            # Only the CPU's attention reads it; on a GPU the host's time of such a step counts.
+            host_context_lens=tuple(lengths.tolist()) if self._device.type == "cpu" else None,
         )
         inputs = StepInputs(
             tokens_T=singles.tokens_R[:count],
@@ -171,7 +172,7 @@ class StateTable:
             max_query_len=int(counts.max()),
             max_context_len=longest,
             query_lens=rows.counts,
-            host_context_lens=self._on_host(contexts),
+            host_context_lens=tuple(contexts.tolist()),
         )
         num_tokens = int(ends[-1])
         if num_tokens == num_rows:
@@ -192,10 +193,6 @@ class StateTable:
             sampled_R=None if len(picked) == num_tokens and scored is None else last_Q,
         )
         return inputs, SampledRows(*sampled, slots_Q, lengths_Q, indices_Q, scored)
-
-    def _on_host(self, contexts: Ints) -> tuple[int, ...] | None:
-        """Give what only the CPU's attention reads."""
-        return tuple(contexts.tolist()) if self._device.type == "cpu" else None
 
     def store(self, rows: SampledRows, tokens_Q: Tensor, best_Q: Tensor) -> Tensor:
         """Write the sampled tokens behind their rows' last ones, from where the next plan computes them.

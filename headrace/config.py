@@ -223,8 +223,10 @@ class PytorchEngineConfig(_Wire):
     """Fraction of the memory left after weights and activations that the KV pool takes."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of what was computed, and don't compute an equal beginning again."""
+    quant_policy: Literal[0, 8] = 0
+    """KV cache: 0 in the weights' type, 8 as 8-bit integers, one scale for each token's key and value of each head."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Weights and KV cache; 'auto': the checkpoint's on a GPU, float32 on a CPU."""
+    """Weights, and the KV cache unless `quant_policy` says otherwise; 'auto': the checkpoint's on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """'auto': CUDA where the host has a device, else the CPU."""
     eager_mode: bool = False
@@ -247,6 +249,7 @@ class PytorchEngineConfig(_Wire):
             "'auto', 'float32', 'float16' or 'bfloat16'",
         )
         _check(self.device in ("auto", "cuda", "cpu"), "device", self.device, "'auto', 'cuda' or 'cpu'")
+        _check(self.quant_policy in (0, 8), "quant_policy", self.quant_policy, "0 or 8 (there is no 4-bit KV cache)")
         size = self.block_size
         _check(_is_int(size, 16) and size & (size - 1) == 0, "block_size", size, "a power of two of at least 16")
         fraction = self.cache_max_entry_count
@@ -278,7 +281,7 @@ class TurbomindEngineConfig(_Wire):
     cache_max_entry_count: float = 0.5
     """Below 1: fraction of the memory left for the KV pool; a whole number from 1: KV blocks."""
     quant_policy: int = 0
-    """0: KV in the weights' type. 4 (this document's meaning) or 8: 8-bit KV."""
+    """KV cache: 0 in the weights' type; 4 (the document's number) or 8 as 8-bit integers."""
     rope_scaling_factor: float = 0.0
     """Dynamic NTK scaling of the rotary embedding; below 1: off."""
     use_logn_attn: bool = False

@@ -4,6 +4,10 @@ Knows nothing of requests or of how blocks are handed out: a row is a block tabl
 
 A cache is [B, K, S, H]: block, kv head, position in the block, head dim. Position p of a row lies in block
 `block_tables_RP[row, p // S]` at p % S; nothing at or past the row's context length is ever read into a result.
+
+A cache may hold 8-bit integers: then each position of each kv head has a scale of its own (`KVScales`), and what is attended to is
+the integers times it. Such values lie as [B, K, S / 4, H, 4] (`reference.by_position` turns them): the sum over positions takes four of
+one dimension at once, and those must be one word for it.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from kernels import reference_attention
 
 if TYPE_CHECKING:
     from kernels.gpu.decode_plan import DecodePlan
+    from kernels.gpu.int8_cache import UnpackedRows
 
 
 class AttentionMetadata(NamedTuple):
@@ -41,9 +46,23 @@ class AttentionMetadata(NamedTuple):
     query_lens: tuple[int, ...] | None = None
     """Host copy of the rows' query lengths; the CPU path reads it where given."""
     host_context_lens: tuple[int, ...] | None = None
-    """Host copy of `context_lens_R`, a new tuple each step: the CPU path keeps what it derives from it across layers."""
+    """Host copy of `context_lens_R`, a new tuple each step: the CPU path keeps what it derives from it across layers; a GPU plans by it
+    how int8 pages are unpacked."""
     plans: tuple[DecodePlan, ...] = ()
     """How the GPU shares the single-token rows, one plan for each sliding window; filled by `plan_attention`."""
+    unpacking: tuple[UnpackedRows, ...] = ()
+    """How the GPU unpacks an int8 cache for the rows of many tokens; filled by `plan_attention`."""
+
+
+class KVScales(NamedTuple):
+    """What the integers of an int8 cache are multiplied with: float32 [B, K, S], one for each position of each kv head."""
+
+    k_BKS: Tensor
+    v_BKS: Tensor
+
+
+UNPACKED_POSITIONS = 1 << 16
+"""Positions of one layer's int8 cache that a GPU unpacks at once for rows of many tokens; a row that alone has more is unpacked whole."""
 
 
 def plan_attention(
@@ -70,14 +89,15 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    scales: KVScales | None = None,
 ) -> Tensor:
     """softmax(scale · q·k) · v of every query token over its row's cached positions. Gives [T, N, H] in q's dtype.
 
     N must be a multiple of K (grouped queries). `sliding_window` W: a query at position p sees p - W + 1 .. p only.
-    This step's own keys and values must be in the cache already (`rotary_kv_write`).
+    This step's own keys and values must be in the cache already (`rotary_kv_write`). `scales` belong to int8 caches; others are in q's dtype.
     """
     if q_TNH.is_cuda:
         from kernels.gpu import attention as gpu
 
-        return gpu.paged_attention(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, scale, sliding_window)
-    return reference_attention.paged_attention(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, scale, sliding_window)
+        return gpu.paged_attention(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, scale, sliding_window, scales)
+    return reference_attention.paged_attention(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, scale, sliding_window, scales)

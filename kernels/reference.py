@@ -9,10 +9,14 @@ T tokens, D hidden, F intermediate, N query heads, K kv heads, H head dim, M pos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.attention import KVScales
 
 
 def wide(x: Tensor) -> Tensor:
@@ -56,7 +60,38 @@ def rotate(x_TNH: Tensor, cos_sin_TH: Tensor) -> Tensor:
     return out.to(x_TNH.dtype)
 
 
-def write_kv(k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor, k_cache_BKSH: Tensor, v_cache_BKSH: Tensor) -> None:
+def quantise(x_TKH: Tensor) -> tuple[Tensor, Tensor]:
+    """Give x / s rounded to int8, and s [T, K] in float32: the largest magnitude of the last dimension over 127, infinite where x isn't finite."""
+    x = wide(x_TKH)
+    largest_TK = x.abs().amax(-1)
+    largest_TK = largest_TK.masked_fill(~largest_TK.isfinite(), torch.inf)
+    inverse_TK = 127 / largest_TK.clamp(min=1e-30)  # a head of zeros stays one
+    return (x * inverse_TK[..., None] + 0.5).floor().nan_to_num(0).to(torch.int8), (largest_TK / 127).float()
+
+
+def dequantise(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give integers times their scales, one for all of the last dimension, rounded once to `dtype`."""
+    return (x.to(torch.promote_types(dtype, torch.float32)) * scales[..., None]).to(dtype)
+
+
+def by_word(v: Tensor) -> Tensor:
+    """Lay values [..., S, H] out as an int8 cache has them: [..., S / 4, H, 4], a copy."""
+    return v.unflatten(-2, (-1, 4)).transpose(-1, -2).contiguous()
+
+
+def by_position(v: Tensor) -> Tensor:
+    """Give values [..., S / 4, H, 4] of an int8 cache as [..., S, H]."""
+    return v.transpose(-1, -2).flatten(-3, -2)
+
+
+def write_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    slots_T: Tensor,
+    k_cache_BKSH: Tensor,
+    v_cache_BKSH: Tensor,
+    scales: KVScales | None = None,
+) -> None:
     """Store each token's key and value at its flat slot (block · S + position); a negative slot is a padding row."""
     size = k_cache_BKSH.shape[2]
     if bool((slots_T < 0).any()):
@@ -64,6 +99,10 @@ def write_kv(k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor, k_cache_BKSH: Tensor
         k_TKH, v_TKH, slots_T = k_TKH[keep], v_TKH[keep], slots_T[keep]
     block_T = torch.div(slots_T, size, rounding_mode="floor")
     offset_T = slots_T - block_T * size
+    if scales is not None:
+        k_cache_BKSH[block_T, :, offset_T], scales.k_BKS[block_T, :, offset_T] = quantise(k_TKH)
+        v_cache_BKSH[block_T, :, offset_T // 4, :, offset_T % 4], scales.v_BKS[block_T, :, offset_T] = quantise(v_TKH)
+        return
     k_cache_BKSH[block_T, :, offset_T] = k_TKH.to(k_cache_BKSH.dtype)
     v_cache_BKSH[block_T, :, offset_T] = v_TKH.to(v_cache_BKSH.dtype)
 
@@ -80,6 +119,7 @@ def rotary_kv_write(
     q_norm_H: Tensor | None = None,
     k_norm_H: Tensor | None = None,
     eps: float = 1e-6,
+    scales: KVScales | None = None,
 ) -> Tensor:
     """Per-head norm (where given), rotation of q and k, and the write of k and v into the cache; gives the new q."""
     cos_sin_TH = cos_sin_MH[positions_T]
@@ -87,7 +127,7 @@ def rotary_kv_write(
         q_TNH = rms_norm(wide(q_TNH), q_norm_H, eps)
     if k_norm_H is not None:
         k_TKH = rms_norm(wide(k_TKH), k_norm_H, eps)
-    write_kv(rotate(k_TKH, cos_sin_TH), v_TKH, slots_T, k_cache_BKSH, v_cache_BKSH)
+    write_kv(rotate(k_TKH, cos_sin_TH), v_TKH, slots_T, k_cache_BKSH, v_cache_BKSH, scales)
     return rotate(q_TNH, cos_sin_TH).to(v_TKH.dtype)
 
 

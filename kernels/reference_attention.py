@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference import by_position, dequantise
+
 if TYPE_CHECKING:
-    from kernels.attention import AttentionMetadata
+    from kernels.attention import AttentionMetadata, KVScales
 
 # Elements of K that one gather may make: larger ones fall out of the cache between the gather and its use.
 _GATHER_ELEMENTS = 1 << 19
@@ -84,21 +86,30 @@ def paged_attention(
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
+    scales: KVScales | None = None,
 ) -> Tensor:
     """See `kernels.attention.paged_attention`."""
+    k_scales_BKS, v_scales_BKS = scales or (None, None)
     num_kv_heads, size = k_cache_BKSH.shape[1:3]
     key = (metadata.host_context_lens, metadata.block_tables_RP, metadata.num_single, num_kv_heads, size, sliding_window)
     layout = _last_layout.get(metadata, key, num_kv_heads, size)
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     for group in layout.groups:
-        _attend_singles(out_TNH, q_TNH, k_cache_BKSH, v_cache_BKSH, group, scale)
+        _attend_singles(
+            out_TNH,
+            q_TNH,
+            _gather(k_cache_BKSH, k_scales_BKS, group, q_TNH),
+            _gather(v_cache_BKSH, v_scales_BKS, group, q_TNH),
+            group,
+            scale,
+        )
     start = metadata.num_single
     for row in range(metadata.num_single, len(layout.context_lens)):
         length, context = layout.query_lens[row], layout.context_lens[row]
         if length and context:
             pages_P = metadata.block_tables_RP[row, : -(-context // size)].long()
-            k_KCH = k_cache_BKSH[pages_P].transpose(0, 1).flatten(1, 2)[:, :context]
-            v_KCH = v_cache_BKSH[pages_P].transpose(0, 1).flatten(1, 2)[:, :context]
+            k_KCH = _of_row(k_cache_BKSH, k_scales_BKS, pages_P, context, q_TNH.dtype)
+            v_KCH = _of_row(v_cache_BKSH, v_scales_BKS, pages_P, context, q_TNH.dtype)
             q_QNH = q_TNH[start : start + length]
             out_TNH[start : start + length] = _attend_row(q_QNH, k_KCH, v_KCH, scale, sliding_window)
         start += length
@@ -149,20 +160,36 @@ def _group(
     return _Group(rows_R, pieces_RKC, visible_RL, hidden_rows, hidden_positions)
 
 
-def _attend_singles(
-    out_TNH: Tensor, q_TNH: Tensor, k_cache_BKSH: Tensor, v_cache_BKSH: Tensor, group: _Group, scale: float
-) -> None:
-    """One token each for the rows of a group, into `out_TNH`."""
-    size, head_dim = k_cache_BKSH.shape[2:]
+def _gather(cache_BKSH: Tensor, scales_BKS: Tensor | None, group: _Group, q_TNH: Tensor) -> Tensor:
+    """Give the keys or values of a group's rows, [R, K, L, H]; zeros past a row's context."""
+    head_dim = q_TNH.shape[-1]
     num_rows, num_kv_heads, num_pieces = group.pieces_RKC.shape
-    piece = math.gcd(size, _PIECE)
     pieces = group.pieces_RKC.flatten()
-    shape = (num_rows, num_kv_heads, num_pieces * piece, head_dim)
-    k_RKLH = k_cache_BKSH.view(-1, piece * head_dim).index_select(0, pieces).view(shape)
-    v_RKLH = v_cache_BKSH.view(-1, piece * head_dim).index_select(0, pieces).view(shape)
+    piece = group.visible_RL.shape[1] // num_pieces
+    shape = (num_rows, num_kv_heads, num_pieces * piece)
+    x = cache_BKSH.view(-1, piece * head_dim).index_select(0, pieces)
+    if cache_BKSH.dim() == 5:
+        x = by_position(x.view(-1, piece // 4, head_dim, 4))
+    x_RKLH = x.reshape(*shape, head_dim)
+    if scales_BKS is not None:
+        x_RKLH = dequantise(x_RKLH, scales_BKS.view(-1, piece).index_select(0, pieces).view(shape), q_TNH.dtype)
     if group.hidden_rows.numel():
-        k_RKLH[group.hidden_rows, :, group.hidden_positions] = 0
-        v_RKLH[group.hidden_rows, :, group.hidden_positions] = 0
+        x_RKLH[group.hidden_rows, :, group.hidden_positions] = 0
+    return x_RKLH
+
+
+def _of_row(cache_BKSH: Tensor, scales_BKS: Tensor | None, pages_P: Tensor, context: int, dtype: torch.dtype) -> Tensor:
+    """Give the keys or values of one row, [K, C, H]."""
+    x_PKSH = cache_BKSH[pages_P] if cache_BKSH.dim() == 4 else by_position(cache_BKSH[pages_P])
+    x_KCH = x_PKSH.transpose(0, 1).flatten(1, 2)[:, :context]
+    if scales_BKS is None:
+        return x_KCH
+    return dequantise(x_KCH, scales_BKS[pages_P].transpose(0, 1).flatten(1, 2)[:, :context], dtype)
+
+
+def _attend_singles(out_TNH: Tensor, q_TNH: Tensor, k_RKLH: Tensor, v_RKLH: Tensor, group: _Group, scale: float) -> None:
+    """One token each for the rows of a group, into `out_TNH`."""
+    num_rows, num_kv_heads, _, head_dim = k_RKLH.shape
     q_RKGH = q_TNH[group.rows_R].view(num_rows, num_kv_heads, -1, head_dim)
     mask_R11L = group.visible_RL[:, None, None, :]
     out_RKGH = F.scaled_dot_product_attention(q_RKGH, k_RKLH, v_RKLH, attn_mask=mask_R11L, scale=scale)

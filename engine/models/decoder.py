@@ -17,7 +17,7 @@ from engine.layers.linear import ColumnLinear, RowLinear
 from engine.models.residual import FewRows, ManyRows, RankRows, Residual, SharedRows
 from engine.models.spec import ModelSpec
 from engine.parallel import ParallelGroup
-from kernels.attention import AttentionMetadata, paged_attention, plan_attention
+from kernels.attention import AttentionMetadata, KVScales, paged_attention, plan_attention
 from kernels.rotary import rotary_kv_write
 
 ROW_BUCKETS = (1, 2, 16, 32, 64)
@@ -30,10 +30,16 @@ def row_bucket(rows: int) -> int:
 
 
 class LayerCache(NamedTuple):
-    """One layer's paged keys and values, each [B, K, S, H]."""
+    """One layer's paged keys and values, each [B, K, S, H]; in int8 with scales."""
 
     k_BKSH: Tensor
     v_BKSH: Tensor
+    scales: KVScales | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a block's number points into."""
+        return (self.k_BKSH, self.v_BKSH, *(self.scales or ()))
 
 
 class StepInputs(NamedTuple):
@@ -139,8 +145,15 @@ class Decoder:
             layer.q_norm_H,
             layer.k_norm_H,
             spec.norm_eps,
+            cache.scales,
         )
         out_TNH = paged_attention(
-            q_TNH, cache.k_BKSH, cache.v_BKSH, inputs.attention, scale=spec.head_dim**-0.5, sliding_window=layer.window
+            q_TNH,
+            cache.k_BKSH,
+            cache.v_BKSH,
+            inputs.attention,
+            scale=spec.head_dim**-0.5,
+            sliding_window=layer.window,
+            scales=cache.scales,
         )
         return out_TNH.flatten(1)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from kernels.gpu import decode_attention, prefill_attention
+from kernels.gpu import decode_attention, decode_int8, int8_cache, prefill_attention
 from kernels.gpu.decode_plan import DecodePlan, choose_shape, first_rows, plan_decode
 
 if TYPE_CHECKING:
-    from kernels.attention import AttentionMetadata
+    from kernels.attention import AttentionMetadata, KVScales
 
 
 @cache
@@ -41,7 +41,9 @@ def plan_attention(metadata: AttentionMetadata, k_cache_BKSH: Tensor, windows: I
     """See `kernels.attention.plan_attention`."""
     lens_R = metadata.context_lens_R[: metadata.num_single]
     plans = tuple(_plan(lens_R, k_cache_BKSH, window) for window in set(windows)) if metadata.num_single else ()
-    return metadata._replace(plans=plans)
+    int8 = k_cache_BKSH.dtype == torch.int8
+    unpacking = tuple(int8_cache.plan_unpacking(metadata, k_cache_BKSH.shape[2])) if int8 else ()
+    return metadata._replace(plans=plans, unpacking=unpacking)
 
 
 def _plan(context_lens_R: Tensor, cache_BKSH: Tensor, sliding_window: int | None) -> DecodePlan:
@@ -66,19 +68,45 @@ def _attend_singles(
     out_TNH: Tensor,
     scale: float,
     sliding_window: int | None,
+    scales: KVScales | None,
 ) -> None:
     """Attend the rows of one token by the step's plan, or by one of this call's own where the step has none."""
     plan = next((plan for plan in metadata.plans if plan.sliding_window == sliding_window), None)
     if plan is None:
         plan = _plan(metadata.context_lens_R[: metadata.num_single], k_cache_BKSH, sliding_window)
-    decode_attention.decode_attention(
-        q_RNH,
+    arguments = (q_RNH, k_cache_BKSH, v_cache_BKSH, metadata.block_tables_RP, plan, out_TNH)
+    if scales is None:
+        decode_attention.decode_attention(*arguments, scale=scale)
+    else:
+        decode_int8.decode_int8(*arguments, scale=scale, scales=scales)
+
+
+def _attend_prompts(
+    q_TNH: Tensor,
+    k_cache_BKSH: Tensor,
+    v_cache_BKSH: Tensor,
+    metadata: AttentionMetadata,
+    out_TNH: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    rows: range,
+) -> None:
+    """Attend rows of many tokens, from a cache of the queries' type."""
+    size, head_dim = k_cache_BKSH.shape[2:]
+    prefill_attention.prefill_attention(
+        q_TNH,
         k_cache_BKSH,
         v_cache_BKSH,
         metadata.block_tables_RP,
-        plan,
+        metadata.query_start_R1,
+        metadata.context_lens_R,
         out_TNH,
+        first_row=rows.start,
+        num_rows=len(rows),
+        max_query_len=metadata.max_query_len,
         scale=scale,
+        sliding_window=sliding_window,
+        shape=prefill_attention.choose_shape(head_dim=head_dim, block_size=size, itemsize=k_cache_BKSH.element_size()),
     )
 
 
@@ -89,28 +117,20 @@ def paged_attention(
     metadata: AttentionMetadata,
     scale: float,
     sliding_window: int | None,
+    scales: KVScales | None = None,
 ) -> Tensor:
     """See `kernels.attention.paged_attention`."""
     out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-    size, head_dim = k_cache_BKSH.shape[2:]
     num_rows, num_single = len(metadata.context_lens_R), metadata.num_single
-    itemsize = k_cache_BKSH.element_size()
     if num_single:
-        _attend_singles(q_TNH[:num_single], k_cache_BKSH, v_cache_BKSH, metadata, out_TNH, scale, sliding_window)
-    if num_rows > num_single:
-        prefill_attention.prefill_attention(
-            q_TNH,
-            k_cache_BKSH,
-            v_cache_BKSH,
-            metadata.block_tables_RP,
-            metadata.query_start_R1,
-            metadata.context_lens_R,
-            out_TNH,
-            first_row=num_single,
-            num_rows=num_rows - num_single,
-            max_query_len=metadata.max_query_len,
-            scale=scale,
-            sliding_window=sliding_window,
-            shape=prefill_attention.choose_shape(head_dim=head_dim, block_size=size, itemsize=itemsize),
-        )
+        _attend_singles(q_TNH[:num_single], k_cache_BKSH, v_cache_BKSH, metadata, out_TNH, scale, sliding_window, scales)
+    if scales is None:
+        if num_rows > num_single:
+            prompts = range(num_single, num_rows)
+            _attend_prompts(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, out_TNH, scale, sliding_window, prompts)
+    else:
+        for part in metadata.unpacking or int8_cache.plan_unpacking(metadata, k_cache_BKSH.shape[2]):
+            k_BKSH, v_BKSH = int8_cache.unpack(k_cache_BKSH, v_cache_BKSH, scales, part.pages, q_TNH.dtype)
+            theirs = metadata._replace(block_tables_RP=part.tables_RP)
+            _attend_prompts(q_TNH, k_BKSH, v_BKSH, theirs, out_TNH, scale, sliding_window, part.rows)
     return out_TNH

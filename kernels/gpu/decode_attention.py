@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.decode_plan import FIELDS, DecodePlan
-from kernels.gpu.paging import page_of, tile_offsets
+from kernels.gpu.paging import page_of, tile_slots
 from kernels.gpu.quick_launch import power_of_2, quick
 
-# Partial results that the combining program loads at once: enough to hide one load behind another, few enough for its registers.
-_PARTS = 8
+# Partial results that the combining program loads at once: enough to hide one load behind another, and numbers a thread for its registers.
+_PARTS, _NUMBERS = 8, 64
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _attend_tile(
     """One step of the online softmax, in base 2, over the positions of a tile in [first, context)."""
     o_t = tl.arange(0, TILE)
     o_h = tl.arange(0, H_PAD)
-    o_kv = tile_offsets(p_table, i_page, i_tile, i_head, context, K, S, H, TILE, True)[:, None] + o_h[None, :]
+    o_kv = tile_slots(p_table, i_page, i_tile, i_head, context, K, S, TILE, True)[:, None] * H + o_h[None, :]
     o_p = i_tile * TILE + o_t
     # What lies past the context is uninitialised: zero times NaN would reach the sum.
     m_kv = (o_p < context)[:, None] & (o_h < H)[None, :]
@@ -50,7 +50,7 @@ def _attend_tile(
 
 
 @triton.jit
-def _combine(
+def combine(
     p_partial, p_lse, p_to, i_first, count, K,
     GROUP: tl.constexpr, GROUP_2: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +132,13 @@ def _decode_kernel(
         # All threads' stores come before the one thread's release.
         tl.debug_barrier()
         if tl.atomic_add(p_arrivals + i_first, 1, sem="acq_rel") == num_parts - 1:
-            _combine(p_partial, p_lse, p_out + o_out * H, i_first, num_parts, K, GROUP, GROUP_2, H, H_PAD, PARTS)
+            combine(p_partial, p_lse, p_out + o_out * H, i_first, num_parts, K, GROUP, GROUP_2, H, H_PAD, PARTS)
             tl.store(p_arrivals + i_first, 0)
+
+
+def parts_at_once(group: int, head_dim: int, num_warps: int) -> int:
+    """Give how many partial results a program combines at once."""
+    return max(1, min(_PARTS, 32 * num_warps * _NUMBERS // (power_of_2(group) * power_of_2(head_dim))))
 
 
 def decode_attention(
@@ -174,7 +179,7 @@ def decode_attention(
         H=head_dim,
         H_PAD=power_of_2(head_dim),
         TILE=plan.shape.tile,
-        PARTS=_PARTS,
+        PARTS=parts_at_once(group, head_dim, plan.shape.num_warps),
         FIELDS=FIELDS,
         WINDOW=plan.sliding_window is not None,
         PRECISION="ieee",

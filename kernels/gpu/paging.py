@@ -17,19 +17,28 @@ def page_of(p_table, i_tile, S: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(
-    p_table, i_page, i_tile, i_head, context, K, S: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
+def tile_slots(
+    p_table,
+    i_page,
+    i_tile,
+    i_head,
+    context,
+    K,
+    S: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+    EACH: tl.constexpr = 1,
 ):
-    """Give the int64 offsets [TILE] of a tile's positions in the cache, for one kv head.
+    """Count the slots [TILE], int64, of a tile's positions from the cache's start, for one kv head: H numbers and one scale each.
 
     `i_page` is the tile's page where S >= TILE; elsewhere the table is read here, up to the context where MASKED.
     """
-    o_t = tl.arange(0, TILE)
+    o_t = tl.arange(0, TILE // EACH) * EACH
     if S >= TILE:
-        return ((i_page.to(tl.int64) * K + i_head) * S + i_tile * TILE % S + o_t) * H
+        return (i_page.to(tl.int64) * K + i_head) * S + i_tile * TILE % S + o_t
     o_p = i_tile * TILE + o_t
     if MASKED:
         i_pages = tl.load(p_table + o_p // S, mask=o_p < context, other=0).to(tl.int64)
     else:
         i_pages = tl.load(p_table + o_p // S).to(tl.int64)
-    return ((i_pages * K + i_head) * S + o_p % S) * H
+    return (i_pages * K + i_head) * S + o_p % S

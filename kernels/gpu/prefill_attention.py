@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.paging import page_of, tile_offsets
+from kernels.gpu.paging import page_of, tile_slots
 from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 
 
@@ -26,7 +26,7 @@ def _prefill_tile(
 ):  # fmt: skip
     """One step of the online softmax, in base 2; `o_query` are the absolute positions of the query tokens."""
     o_h = tl.arange(0, H_PAD)
-    o_kv = tile_offsets(p_table, i_page, i_tile, i_head, context, K, S, H, TILE, MASKED)[:, None] + o_h[None, :]
+    o_kv = tile_slots(p_table, i_page, i_tile, i_head, context, K, S, TILE, MASKED)[:, None] * H + o_h[None, :]
     o_p = i_tile * TILE + tl.arange(0, TILE)
     if MASKED:
         m_kv = (o_p < context)[:, None] & (o_h < H)[None, :]

@@ -1,4 +1,4 @@
-"""Point 14: what this build doesn't have (KV quantisation, rope scaling, logn, adapters, other formats) is refused by name."""
+"""Point 14: what this build doesn't have (rope scaling, logn, adapters, other formats) is refused by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from engine.options import resolve
 from headrace import InvalidRequest, PytorchEngineConfig, TurbomindEngineConfig, UnsupportedOption, pipeline
 
 REFUSED = [
-    TurbomindEngineConfig(quant_policy=4),
-    TurbomindEngineConfig(quant_policy=8),
     TurbomindEngineConfig(rope_scaling_factor=1.0),
     TurbomindEngineConfig(use_logn_attn=True),
     TurbomindEngineConfig(model_format="awq"),

@@ -70,14 +70,19 @@ def run_steps(executor: LocalExecutor, **config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "overrides"),
-    [("llama", "bfloat16", {}), ("mistral", "float16", {"sliding_window": 24}), ("qwen3", "float32", {})],
+    ("architecture", "dtype", "overrides", "config"),
+    [
+        ("llama", "bfloat16", {}, {}),
+        ("mistral", "float16", {"sliding_window": 24}, {}),
+        ("qwen3", "float32", {}, {}),
+        ("qwen3", "bfloat16", {}, {"quant_policy": 8}),
+    ],
 )
 def test_no_step_finds_anything_left_to_compile(
-    tmp_path: Path, architecture: str, dtype: str, overrides: dict[str, Any]
+    tmp_path: Path, architecture: str, dtype: str, overrides: dict[str, Any], config: dict[str, Any]
 ) -> None:
     path = save_tiny_model(tmp_path, architecture, **overrides)
-    options = options_for(path, dtype=dtype, block_size=64)
+    options = options_for(path, dtype=dtype, block_size=64, **config)
     executor = LocalExecutor(options)
     spec = ModelSpec.read(read_config(path))
     with gpu_launches() as ahead:

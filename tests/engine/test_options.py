@@ -118,8 +118,6 @@ def test_turbomind_fields_arrive(tiny_model_dir: Path) -> None:
         (PytorchEngineConfig(adapters={"a": "/x"}), "adapters"),
         (TurbomindEngineConfig(model_format="awq"), "model_format"),
         (TurbomindEngineConfig(model_format="llama"), "model_format"),
-        (TurbomindEngineConfig(quant_policy=4), "quant_policy"),
-        (TurbomindEngineConfig(quant_policy=8), "quant_policy"),
         (TurbomindEngineConfig(rope_scaling_factor=2.0), "rope_scaling_factor"),
         (TurbomindEngineConfig(use_logn_attn=True), "use_logn_attn"),
     ],

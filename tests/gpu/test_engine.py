@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import relative_error
 from tiny_models import ARCHITECTURES, save_tiny_model
 
 from engine.engine import Engine
@@ -92,17 +93,17 @@ def test_tokens_of_transformers(tmp_path: Path, architecture: str) -> None:
     assert [generate(path, [ids], greedy)[0] for ids in jobs[:3]] == expected[:3]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "policy"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 8)])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_graphs_equal_eager_bit_for_bit(tmp_path: Path, dtype: str, head_dim: int) -> None:
+def test_graphs_equal_eager_bit_for_bit(tmp_path: Path, dtype: str, policy: int, head_dim: int) -> None:
     """Sampled, so that every bit of the logits counts."""
     path = save_tiny_model(tmp_path / "llama", "llama", head_dim=head_dim, hidden_size=256, intermediate_size=320)
     jobs = prompts(300, seed=2)
     sampled = GenerationConfig(top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=60, logprobs=3)
     # One shape of batch throughout: another padding is another GEMM, which may round in another way.
     jobs = [jobs[5]] * 16
-    graphs = generate(path, jobs, sampled, dtype=dtype)
-    eager = generate(path, jobs, sampled, dtype=dtype, eager_mode=True)
+    graphs = generate(path, jobs, sampled, dtype=dtype, quant_policy=policy)
+    eager = generate(path, jobs, sampled, dtype=dtype, quant_policy=policy, eager_mode=True)
     assert graphs == eager
     assert len(set(graphs)) > 8
 
@@ -126,24 +127,43 @@ def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path) -> None:
         decoder = load_decoder(
             path, dtype=torch.bfloat16, device=torch.device("cuda", 0), group=SingleRank(), max_positions=512
         )
-        ours = _logits(decoder, ids[0]).double()
+        ours = _logits(decoder, ids[0], len(ids[0])).double()
     error, their_error = (ours - exact).square().mean().sqrt(), (theirs - exact).square().mean().sqrt()
     assert error <= their_error * 1.05, (float(error), float(their_error))
 
 
-def _logits(decoder: Decoder, ids_T: torch.Tensor) -> torch.Tensor:
+@pytest.mark.parametrize("singles", [0, 1, 9])
+def test_an_int8_cache_gives_the_logits_of_the_cpu(tmp_path: Path, singles: int) -> None:
+    """A prompt whose last tokens are computed one by one. The CPU's are held to transformers (tests/engine/test_int8_kv.py)."""
+    path = save_tiny_model(tmp_path / "llama", "llama", head_dim=128, hidden_size=256, intermediate_size=512)
+    ids = torch.tensor(prompts(300, seed=4)[-1])
+    both = []
+    with torch.inference_mode():
+        for device in (torch.device("cpu"), torch.device("cuda", 0)):
+            decoder = load_decoder(path, dtype=torch.float32, device=device, group=SingleRank(), max_positions=512)
+            both.append(_logits(decoder, ids.to(device), len(ids) - singles, int8=True).double().cpu())
+    # Products with integers are made in float16.
+    assert relative_error(both[1], both[0]) < 4e-3
+
+
+def _logits(decoder: Decoder, ids_T: torch.Tensor, at_once: int, *, int8: bool = False) -> torch.Tensor:
+    """Logits of all positions, `at_once` of them computed in one step and the rest one by one."""
     from engine import kv_cache
     from engine.models.decoder import StepInputs
     from kernels.attention import AttentionMetadata
 
-    count, device = len(ids_T), ids_T.device
-    caches = kv_cache.allocate(decoder.spec, num_blocks=8, block_size=64, dtype=torch.bfloat16, device=device)
-    positions = torch.arange(count, device=device)
-    attention = AttentionMetadata(
-        block_tables_RP=torch.arange(8, dtype=torch.int32, device=device)[None],
-        query_start_R1=torch.tensor([0, count], dtype=torch.int32, device=device),
-        context_lens_R=torch.tensor([count], dtype=torch.int32, device=device),
-        num_single=0, max_query_len=count, max_context_len=count,
-    )  # fmt: skip
-    inputs = StepInputs(tokens_T=ids_T.int(), positions_T=positions, slots_T=positions, attention=attention, sampled_R=None)
-    return decoder.forward(inputs, caches)
+    device, dtype = ids_T.device, decoder.embedding.weight_VD.dtype
+    caches = kv_cache.allocate(decoder.spec, num_blocks=8, block_size=64, dtype=dtype, device=device, int8=int8)
+    out = []
+    for start, count in [(0, at_once), *((place, 1) for place in range(at_once, len(ids_T)))]:
+        positions = torch.arange(start, start + count, device=device)
+        attention = AttentionMetadata(
+            block_tables_RP=torch.arange(8, dtype=torch.int32, device=device)[None],
+            query_start_R1=torch.tensor([0, count], dtype=torch.int32, device=device),
+            context_lens_R=torch.tensor([start + count], dtype=torch.int32, device=device),
+            num_single=int(count == 1), max_query_len=count, max_context_len=start + count,
+        )  # fmt: skip
+        tokens = ids_T[start : start + count].int()
+        inputs = StepInputs(tokens_T=tokens, positions_T=positions, slots_T=positions, attention=attention, sampled_R=None)
+        out.append(decoder.forward(inputs, caches))
+    return torch.cat(out)

@@ -19,6 +19,7 @@ def check(case: AttentionCase) -> None:
         case.metadata,
         scale=case.scale,
         sliding_window=case.sliding_window,
+        scales=case.scales,
     )
     assert out.shape == case.q_TNH.shape
     assert out.dtype == case.q_TNH.dtype
@@ -40,6 +41,12 @@ def test_head_dims_and_block_sizes(head_dim: int, block_size: int) -> None:
 @pytest.mark.parametrize("window", [1, 17, 64, 500])
 def test_sliding_window(window: int) -> None:
     check(attention_case(MIXED, sliding_window=window, seed=window))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 17])
+def test_a_cache_of_integers(window: int | None, dtype: torch.dtype) -> None:
+    check(attention_case(MIXED, heads=6, kv_heads=2, head_dim=96, dtype=dtype, sliding_window=window, int8=True))
 
 
 def test_lengths_read_from_the_device_when_the_host_has_none() -> None:

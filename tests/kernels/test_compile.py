@@ -16,6 +16,7 @@ from kernel_cases import ATTENTION_SHAPES, attention_case, sampling_inputs
 from kernel_launches import Launch, compile_for, recorded
 
 from kernels.all_reduce import Peers
+from kernels.attention import KVScales
 from kernels.gpu import all_reduce, attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
 from kernels.gpu.decode_plan import choose_shape, first_rows, plan_decode
 
@@ -39,6 +40,10 @@ def small_launches(dtype: torch.dtype) -> Iterator[Launch]:
             index = torch.zeros(3, dtype=torch.int64)
             for weight in (None, torch.zeros(head_dim, dtype=dtype)):
                 rotary.rotary_kv_write(q, k, v, torch.zeros(9, rotary_dim), index, index, cache, cache, weight, weight, 1e-6)
+            integers, scales = cache.to(torch.int8), KVScales(torch.zeros(4, 2, 16), torch.zeros(4, 2, 16))
+            rotary.rotary_kv_write(
+                q, k, v, torch.zeros(9, rotary_dim), index, index, integers, integers, None, None, 1e-6, scales
+            )
     yield from launches
 
 
@@ -64,12 +69,16 @@ def sampling_launches() -> Iterator[Launch]:
     yield from launches
 
 
-def attention_launches(heads: int, kv_heads: int, head_dim: int, size: int, dtype: torch.dtype) -> Iterator[Launch]:
-    options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
+def attention_launches(
+    heads: int, kv_heads: int, head_dim: int, size: int, dtype: torch.dtype, *, int8: bool = False
+) -> Iterator[Launch]:
+    options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype, "int8": int8}
     case = attention_case([(1, 700), (5, 70)], **options)
     with recorded() as launches:
         for window in (None, 64) if head_dim == 128 else (None,):
-            attention.paged_attention(case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, window)
+            attention.paged_attention(
+                case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, window, case.scales
+            )
     yield from launches
 
 
@@ -108,6 +117,18 @@ def test_sampling(capability: int) -> None:
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_attention_on_hopper(shape: tuple[int, int, int, int]) -> None:
     check(attention_launches(*shape, torch.bfloat16), 90)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp16"), (89, "fp32"), (90, "bf16")])
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES[::2], ids=str)
+def test_attention_to_integers(shape: tuple[int, int, int, int], capability: int, dtype: str) -> None:
+    launches = list(attention_launches(*shape, DTYPES[dtype], int8=True))
+    check(iter(launches), capability)
+    assert "_unpack_kernel" in {launch.name for launch in launches}
+    # A word of four values makes two pairs: nothing is read from shared memory byte by byte, nor widened one by one.
+    ptx = [compile_for(launch, capability).asm["ptx"] for launch in launches if launch.name == "_decode_int8_kernel"]
+    assert ptx
+    assert all("sub.f16x2" in text and "ld.shared.b8" not in text and "ld.shared.u8" not in text for text in ptx)
 
 
 @pytest.mark.parametrize("capability", [80, 100])

@@ -7,6 +7,7 @@ import torch
 from kernel_cases import relative_error
 
 import kernels
+from kernels.attention import KVScales
 from kernels.blocks import copy_blocks, swap_blocks
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary_kv_write
@@ -89,6 +90,32 @@ def test_rotary_kv_write(tokens: int, heads: int, kv_heads: int, dim: int, rotar
     untouched[slots[written]] = False
     assert flat_k[untouched].isnan().all()
     assert flat_v[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_in_integers(dtype: torch.dtype) -> None:
+    """Against the rounding written out: the nearest of 255 steps between minus and plus the largest magnitude of a head."""
+    k, v = torch.randn(2, 7, 3, 64, dtype=dtype) * torch.logspace(-3, 3, 7, dtype=dtype)[:, None, None]
+    v[2, 1] = 0
+    k[3, 0, 5], v[4, 2, 63] = torch.inf, torch.nan
+    cos_sin = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], 1)
+    slots = torch.tensor([5, -1, 0, 9, 15, 3, 8])
+    caches = [torch.full((2, 3, 8, 64), 99, dtype=torch.int8), torch.full((2, 3, 2, 64, 4), 99, dtype=torch.int8)]
+    scales = KVScales(*torch.full((2, 2, 3, 8), torch.nan))
+    rotary_kv_write(k, k, v, cos_sin, torch.zeros(7, dtype=torch.int64), slots, *caches, scales=scales)
+    by_position = [caches[0], caches[1].transpose(-1, -2).reshape(2, 3, 8, 64)]
+    for x, cache, scale in zip((k, v), by_position, scales, strict=True):
+        flat, flat_scale = cache.transpose(1, 2).flatten(0, 1).double(), scale.transpose(1, 2).flatten(0, 1).double()
+        assert flat_scale.isnan().all(-1).sum() == 16 - 6
+        for token, slot in enumerate(slots.tolist()):
+            for head in range(3) if slot >= 0 else ():
+                got, want = flat[slot, head] * flat_scale[slot, head], x[token, head].double()
+                if not want.isfinite().all():
+                    assert not got.isfinite().any()
+                    continue
+                step = want.abs().max() / 127
+                assert (got - want).abs().max() <= step * 0.501
+                assert flat[slot, head].abs().max() == (127 if step else 0)
 
 
 def test_copy_blocks() -> None:

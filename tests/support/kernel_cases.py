@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention import AttentionMetadata
+from kernels.attention import AttentionMetadata, KVScales
+from kernels.reference import by_position, by_word, dequantise, quantise
 from kernels.sampling import SamplingInputs
 
 # Query heads, kv heads, head dim, block size: every value of each, not every combination (each is a compilation).
@@ -50,6 +51,7 @@ class AttentionCase:
     metadata: AttentionMetadata
     scale: float
     sliding_window: int | None
+    scales: KVScales | None = None
 
 
 def attention_case(
@@ -64,6 +66,7 @@ def attention_case(
     sliding_window: int | None = None,
     seed: int = 0,
     host_lens: bool = True,
+    int8: bool = False,
 ) -> AttentionCase:
     """One row for each (query length, context length), the single-token rows first, blocks in random order."""
     g = torch.Generator().manual_seed(seed)
@@ -99,20 +102,37 @@ def attention_case(
         tuple(contexts) if host_lens else None,
     )
     q = torch.randn(sum(queries), heads, head_dim, generator=g) * 2
+    scales = None
+    if int8:
+        # What may not be read: any integers, times NaN.
+        (k_cache, k_scales), (v_cache, v_scales) = (_in_integers(cache, g) for cache in (k_cache, v_cache))
+        v_cache, scales = by_word(v_cache), KVScales(k_scales.to(device), v_scales.to(device))
     return AttentionCase(
         q_TNH=q.to(device, dtype),
-        k_cache_BKSH=k_cache.to(device, dtype),
-        v_cache_BKSH=v_cache.to(device, dtype),
+        k_cache_BKSH=k_cache.to(device, torch.int8 if int8 else dtype),
+        v_cache_BKSH=v_cache.to(device, torch.int8 if int8 else dtype),
         metadata=metadata,
         scale=head_dim**-0.5,
         sliding_window=sliding_window,
+        scales=scales,
     )
+
+
+def _in_integers(cache_BKSH: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Quantise a cache; scales differ by orders of magnitude from position to position."""
+    unwritten_BKS = cache_BKSH.isnan().any(-1)
+    integers, scales = quantise(cache_BKSH * 10 ** (2 * torch.rand(unwritten_BKS.shape, generator=g) - 1)[..., None])
+    anything = torch.randint(-128, 128, integers.shape, generator=g, dtype=torch.int8)
+    return torch.where(unwritten_BKS[..., None], anything, integers), scales.masked_fill(unwritten_BKS, math.nan)
 
 
 def naive_attention(case: AttentionCase) -> Tensor:
     """Position by position, in float64."""
     q_TNH, metadata = case.q_TNH.double(), case.metadata
     k_cache, v_cache = case.k_cache_BKSH.double(), case.v_cache_BKSH.double()
+    if case.scales is not None:
+        k_cache = dequantise(k_cache, case.scales.k_BKS, torch.float64)
+        v_cache = dequantise(by_position(v_cache), case.scales.v_BKS, torch.float64)
     num_heads, (_, kv_heads, size, _) = q_TNH.shape[1], k_cache.shape
     out = torch.zeros_like(q_TNH)
     starts, contexts = metadata.query_start_R1.tolist(), metadata.context_lens_R.tolist()

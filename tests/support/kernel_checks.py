@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,19 @@ from torch import Tensor
 
 from kernels import reference, reference_all_reduce, reference_sampling
 from kernels.all_reduce import Peers
-from kernels.gpu import all_reduce, attention, blocks, decode_attention, rms_norm, rotary, sampling, silu_mul, token_masks
+from kernels.attention import KVScales
+from kernels.gpu import (
+    all_reduce,
+    attention,
+    blocks,
+    decode_attention,
+    decode_int8,
+    rms_norm,
+    rotary,
+    sampling,
+    silu_mul,
+    token_masks,
+)
 from kernels.gpu.decode_plan import DecodeShape, choose_shape, first_rows, plan_decode
 from kernels.sampling import SamplingInputs
 
@@ -149,9 +162,11 @@ def check_rotary(scale: Scale) -> Iterator[Check]:
     if not scale.small:
         heads += [(32, 8, 128, 128), (16, 1, 256, 256), (14, 2, 64, 64)]
     tokens = 3 if scale.small else 100
-    for dtype, (num, kv, dim, rotary_dim), norm in itertools.product(scale.dtypes, heads, (False, True)):
+    for dtype, shape, norm, int8 in itertools.product(scale.dtypes, heads, (False, True), (False, True)):
+        num, kv, dim, rotary_dim = shape
         qkv = _randn(scale, dtype, tokens, num + 2 * kv, dim)
         q, k, v = qkv.split([num, kv, kv], dim=1)
+        v[0, 0] = 0
         angles = torch.rand(50, rotary_dim // 2, device=scale.device) * 6
         cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
         positions = torch.randint(0, 50, (tokens,), device=scale.device)
@@ -160,13 +175,29 @@ def check_rotary(scale: Scale) -> Iterator[Check]:
         norms = (_randn(scale, dtype, dim), _randn(scale, dtype, dim)) if norm else (None, None)
         got = torch.full((2, tokens // 8 * 2 + 2, kv, 8, dim), torch.nan, dtype=dtype, device=scale.device)
         want = got.double()
-        out = rotary.rotary_kv_write(q, k, v, cos_sin, positions, slots, *got, *norms, 1e-6)
+        scales = KVScales(*torch.full(got.shape[:-1], torch.nan, device=scale.device)) if int8 else None
+        got = torch.full_like(got, 99, dtype=torch.int8) if int8 else got
+        caches = (got[0], reference.by_word(got[1]) if int8 else got[1])
+        out = rotary.rotary_kv_write(q, k, v, cos_sin, positions, slots, *caches, *norms, 1e-6, scales)
         expected = reference.rotary_kv_write(q.double(), k.double(), v.double(), cos_sin, positions, slots, *want, *norms, 1e-6)
-        case = f"{num}/{kv} heads of {dim}, {rotary_dim} rotated, norm={norm} {dtype}"
+        case = f"{num}/{kv} heads of {dim}, {rotary_dim} rotated, norm={norm} {dtype}{' int8' if int8 else ''}"
         yield Check("rotary q", case, relative_error(out, expected), TOLERANCE[dtype])
+        bound = TOLERANCE[dtype]
+        if scales is not None:
+            got = torch.stack([caches[0], reference.by_position(caches[1])])
+            untouched = torch.stack(scales).isnan()[..., None].expand_as(got)
+            yield Check("rotary kv", case + " elsewhere", float((got[untouched] != 99).any()), 0.0)
+            largest = want.abs().amax(-1) / 127
+            yield Check(
+                "rotary kv", case + " scales", relative_error(torch.stack(scales).nan_to_num(0), largest.nan_to_num(0)), bound
+            )
+            # Half a step of the largest, and what computing in float32 may shift.
+            steps = ((reference.dequantise(got, torch.stack(scales), torch.float64) - want) / largest[..., None]).nan_to_num(0)
+            yield Check("rotary kv", case + " steps", float(steps.abs().max()), 0.5 + 127 * bound)
+            got = reference.dequantise(got, torch.stack(scales), torch.float64)
         untouched = float((got.isnan() != want.isnan()).any())
         error = relative_error(got.nan_to_num(0), want.nan_to_num(0)) + untouched
-        yield Check("rotary kv", case, error, TOLERANCE[dtype])
+        yield Check("rotary kv", case, error, 2e-2 if int8 else bound)
 
 
 def check_blocks(scale: Scale) -> Iterator[Check]:
@@ -198,8 +229,13 @@ def check_blocks(scale: Scale) -> Iterator[Check]:
 
 def _attention_error(scale: Scale, lens: list[tuple[int, int]], **options: object) -> float:
     case = attention_case(lens, device=scale.device, **options)
-    arguments = (case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, case.sliding_window)
+    arguments = (case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, case.sliding_window, case.scales)
     return relative_error(attention.paged_attention(*arguments), naive_attention(case))
+
+
+def _attention_bound(dtype: torch.dtype, *, int8: bool) -> float:
+    """Products with integers are made in float16."""
+    return max(ATTENTION_TOLERANCE[dtype], ATTENTION_TOLERANCE[torch.float16]) if int8 else ATTENTION_TOLERANCE[dtype]
 
 
 def check_decode(scale: Scale) -> Iterator[Check]:
@@ -210,16 +246,18 @@ def check_decode(scale: Scale) -> Iterator[Check]:
             options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
             # Many rows without a window and few with one.
             more = [(1, 1 + 7 * n % 200) for n in range(300)] if window is None and not scale.small else []
-            error = _attention_error(scale, lens + more, sliding_window=window, **options)
-            case = f"{heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}"
-            yield Check("decode_attention", case, error, ATTENTION_TOLERANCE[dtype])
+            for int8 in (False, True):
+                error = _attention_error(scale, lens + more, sliding_window=window, int8=int8, **options)
+                case = f"{heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}{' int8' if int8 else ''}"
+                yield Check("decode_attention", case, error, _attention_bound(dtype, int8=int8))
 
 
 def _decode_shapes(scale: Scale, dtype: torch.dtype) -> Iterator[DecodeShape]:
     """Every way to cut a launch that is ever chosen, and rows cut not at all, in a few parts, and as small as allowed, with little room."""
     kinds = {"num_kv_heads": 2, "num_sms": 8 if scale.small else 132}
-    facts = {"head_dim": 64, "block_size": 64, "itemsize": dtype.itemsize, "shared_memory": 1 << 18}
-    yield from {choose_shape(rows=rows, **facts, **kinds) for rows in first_rows(**kinds)}
+    facts = {"head_dim": 64, "block_size": 64, "shared_memory": 1 << 18}
+    sizes = (dtype.itemsize, torch.int8.itemsize)
+    yield from {choose_shape(rows=rows, itemsize=size, **facts, **kinds) for rows in first_rows(**kinds) for size in sizes}
     cuts = (
         ((1, 1, None), (6, 1, 8), (30, 4, None))
         if scale.small
@@ -235,21 +273,29 @@ def check_decode_shares(scale: Scale) -> Iterator[Check]:
         windows = (300,) if scale.small else (None, 300)
         for shape, window in itertools.product(list(_decode_shapes(scale, dtype)), windows):
             yield from _check_shape(scale, dtype, shape, window)
+            # Many ways to cut one kind of cache are enough: those of integers differ in nothing but the tiles that are chosen.
+            if shape.tile == 32 or shape.programs == 40 or scale.small:
+                yield from _check_shape(scale, dtype, shape, window, int8=True)
 
 
-def _check_shape(scale: Scale, dtype: torch.dtype, shape: DecodeShape, window: int | None) -> Iterator[Check]:
+def _check_shape(
+    scale: Scale, dtype: torch.dtype, shape: DecodeShape, window: int | None, *, int8: bool = False
+) -> Iterator[Check]:
     lens = [(1, n) for n in ((0, 257, 0, 600) if scale.small else (0, 5, 256, 0, 257, 600, 1100, 5000, 0, *range(1, 70)))]
-    case = attention_case(lens, heads=6, kv_heads=2, block_size=64, dtype=dtype, device=scale.device, sliding_window=window)
+    sizes = {"heads": 6, "kv_heads": 2, "block_size": 64, "sliding_window": window}
+    case = attention_case(lens, dtype=dtype, device=scale.device, int8=int8, **sizes)
     plan = plan_decode(case.metadata.context_lens_R, num_kv_heads=2, sliding_window=window, shape=shape)
     expected = naive_attention(case)
+    attend = decode_attention.decode_attention
+    if case.scales is not None:
+        attend = partial(decode_int8.decode_int8, scales=case.scales)
     # Twice by one plan, as two layers of a step: the first must leave the plan as it found it.
     for _ in range(2):
         out = torch.full_like(case.q_TNH, torch.nan)
         caches = (case.k_cache_BKSH, case.v_cache_BKSH)
-        decode_attention.decode_attention(case.q_TNH, *caches, case.metadata.block_tables_RP, plan, out, scale=case.scale)
-        yield Check(
-            "decode_attention", f"{shape}, window={window} {dtype}", relative_error(out, expected), ATTENTION_TOLERANCE[dtype]
-        )
+        attend(case.q_TNH, *caches, case.metadata.block_tables_RP, plan, out, scale=case.scale)
+        name = f"{shape}, window={window} {dtype}{' int8' if int8 else ''}"
+        yield Check("decode_attention", name, relative_error(out, expected), _attention_bound(dtype, int8=int8))
 
 
 def check_prefill(scale: Scale) -> Iterator[Check]:
@@ -259,9 +305,10 @@ def check_prefill(scale: Scale) -> Iterator[Check]:
     for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
         for window in (None, 40):
             options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
-            error = _attention_error(scale, lens, sliding_window=window, **options)
-            case = f"mixed rows, {heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}"
-            yield Check("prefill_attention", case, error, ATTENTION_TOLERANCE[dtype])
+            for int8 in (False, True):
+                error = _attention_error(scale, lens, sliding_window=window, int8=int8, **options)
+                case = f"mixed rows, {heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}{' int8' if int8 else ''}"
+                yield Check("prefill_attention", case, error, _attention_bound(dtype, int8=int8))
 
 
 def draw_distance(logits_RV: Tensor, tokens_R: Tensor, inputs: SamplingInputs) -> float:

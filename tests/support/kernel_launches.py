@@ -24,6 +24,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.bool: "*i1",
 }
 _OPTIONS = ("num_warps", "num_stages", "launch_pdl")

@@ -1,0 +1,156 @@
+"""Attention of one query token a row over a paged cache of 8-bit integers, on the GPU.
+
+As in `decode_attention` a program takes one unit of the plan and one kv head, and leaves its part in scratch for the last one to combine. What
+differs is the way round: positions and dims stand in the M dimension of the matrix instructions and the group's heads in N, of which 8 are
+enough. A group of 4 so takes half as many instructions and exponentials, and what a warp computes for every byte is what limits it here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gpu.decode_attention import combine, parts_at_once
+from kernels.gpu.decode_plan import FIELDS, DecodePlan
+from kernels.gpu.int8_cache import load_values, widened
+from kernels.gpu.paging import page_of, tile_slots
+from kernels.gpu.quick_launch import power_of_2, quick
+
+if TYPE_CHECKING:
+    from kernels.attention import KVScales
+
+
+@triton.jit
+def _attend_tile(
+    b_acc, b_sum, b_max, b_qt, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_table, i_page, i_tile, i_head, context, first, K, scale,
+    S: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, in base 2, over the positions of a tile in [first, context)."""
+    o_h = tl.arange(0, H_PAD)
+    o_slot = tile_slots(p_table, i_page, i_tile, i_head, context, K, S, TILE, True)
+    o_kv = (o_slot * H)[:, None] + o_h[None, :]
+    o_p = i_tile * TILE + tl.arange(0, TILE)
+    # What lies past the context is uninitialised: zero times NaN would reach the sum.
+    m_kv = (o_p < context)[:, None] & (o_h < H)[None, :]
+    b_k = tl.load(p_k_cache + o_kv, mask=m_kv, other=0)
+    b_vt = widened(load_values(p_v_cache, p_table, i_page, i_tile, i_head, context, K, S, H, H_PAD, TILE))
+    b_s = tl.dot(widened(b_k), b_qt) * tl.load(p_k_scales + o_slot, mask=o_p < context, other=0.0)[:, None]
+    b_s = tl.where(((o_p < context) & (o_p >= first))[:, None], b_s, float("-inf"))
+    # Scaled after the maximum: one multiplication a head instead of one an element, the other fuses with the subtraction.
+    b_new = tl.maximum(b_max, tl.max(b_s, axis=0) * scale)
+    b_p = tl.exp2(b_s * scale - b_new[None, :])
+    b_scale = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_scale + tl.sum(b_p, axis=0)
+    b_p *= tl.load(p_v_scales + o_slot, mask=o_p < context, other=0.0)[:, None]
+    b_acc = b_acc * b_scale[None, :] + tl.dot(b_vt, b_p.to(tl.float16))
+    return b_acc, b_sum, b_new
+
+
+@quick
+@triton.jit(do_not_specialize=["table_stride", "window"])
+def _decode_int8_kernel(
+    p_q, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_tables, p_units, p_arrivals, p_out, p_partial, p_lse,
+    q_token, q_head, table_stride, scale, window,
+    K: tl.constexpr, GROUP: tl.constexpr, GROUP_2: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+    H_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    i_head = tl.program_id(0)
+    p_unit = p_units + tl.program_id(1) * FIELDS
+    i_row = tl.load(p_unit).to(tl.int64)
+    i_from = tl.load(p_unit + 1)
+    i_end = tl.load(p_unit + 2)
+    context = tl.load(p_unit + 3)
+    i_part = tl.load(p_unit + 4)
+    num_parts = tl.load(p_unit + 5)
+    i_first = tl.load(p_unit + 6) * K + i_head
+    if i_row < 0:
+        return
+    p_table = p_tables + i_row * table_stride
+    # A padding row has no tile: what its table says is read as a page number, but nothing at that page.
+    i_page = page_of(p_table, i_from, S, TILE)
+    o_g = tl.arange(0, GROUP_PAD)
+    o_h = tl.arange(0, H_PAD)
+    m_hg = (o_h < H)[:, None] & (o_g < GROUP)[None, :]
+    p_head = p_q + i_row * q_token + (i_head * GROUP + o_g)[None, :] * q_head + o_h[:, None]
+    b_qt = tl.load(p_head, mask=m_hg, other=0.0).to(tl.float16)
+    b_acc = tl.zeros([H_PAD, GROUP_PAD], dtype=tl.float32)
+    b_sum = tl.zeros([GROUP_PAD], dtype=tl.float32)
+    b_max = tl.full([GROUP_PAD], float("-inf"), dtype=tl.float32)
+    first = context * 0
+    if WINDOW:
+        first = tl.maximum(context - window, 0)
+    # All tiles in one loop, the last one masked like the others: on its own it would wait for its keys with nothing in flight.
+    for i_tile in tl.range(i_from, i_end, num_stages=STAGES):
+        # The next page's number is fetched a tile early: waiting for it would leave one tile in flight instead of STAGES.
+        i_next = page_of(p_table, tl.minimum(i_tile + 1, i_end - 1), S, TILE)
+        b_acc, b_sum, b_max = _attend_tile(
+            b_acc, b_sum, b_max, b_qt, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_table, i_page, i_tile, i_head, context, first, K, scale,
+            S, H, H_PAD, TILE,
+        )  # fmt: skip
+        i_page = i_next
+    b_out = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[None, :]
+    o_out = (i_row * K + i_head) * GROUP
+    if num_parts == 1:
+        tl.store(p_out + (o_out + o_g)[None, :] * H + o_h[:, None], b_out.to(p_out.dtype.element_ty), mask=m_hg)
+    else:
+        o_part = (i_first + i_part * K) * GROUP + o_g
+        tl.store(p_partial + o_part[None, :] * H + o_h[:, None], b_out, mask=m_hg)
+        tl.store(p_lse + o_part, b_max + tl.log2(b_sum), mask=o_g < GROUP)
+        # All threads' stores come before the one thread's release.
+        tl.debug_barrier()
+        if tl.atomic_add(p_arrivals + i_first, 1, sem="acq_rel") == num_parts - 1:
+            combine(p_partial, p_lse, p_out + o_out * H, i_first, num_parts, K, GROUP, GROUP_2, H, H_PAD, PARTS)
+            tl.store(p_arrivals + i_first, 0)
+
+
+def decode_int8(
+    q_RNH: Tensor,
+    k_cache_BKSH: Tensor,
+    v_cache_BKSH: Tensor,
+    block_tables_RP: Tensor,
+    plan: DecodePlan,
+    out_RNH: Tensor,
+    *,
+    scale: float,
+    scales: KVScales,
+) -> None:
+    """Attend as `decode_attention` does, from caches of integers and their scales."""
+    _, num_heads, head_dim = q_RNH.shape
+    num_kv_heads, size = k_cache_BKSH.shape[1:3]
+    group = num_heads // num_kv_heads
+    partial = torch.empty((*plan.arrivals.shape, group, head_dim), dtype=torch.float32, device=q_RNH.device)
+    lse = torch.empty((*plan.arrivals.shape, group), dtype=torch.float32, device=q_RNH.device)
+    _decode_int8_kernel[(num_kv_heads, len(plan.units))](
+        q_RNH,
+        k_cache_BKSH,
+        v_cache_BKSH,
+        *scales,
+        block_tables_RP,
+        plan.units,
+        plan.arrivals,
+        out_RNH,
+        partial,
+        lse,
+        *q_RNH.stride()[:2],
+        block_tables_RP.stride(0),
+        scale * 1.4426950408889634,
+        plan.sliding_window or 0,
+        K=num_kv_heads,
+        GROUP=group,
+        GROUP_2=power_of_2(group),
+        GROUP_PAD=max(8, power_of_2(group)),
+        S=size,
+        H=head_dim,
+        H_PAD=power_of_2(head_dim),
+        TILE=plan.shape.tile,
+        PARTS=parts_at_once(group, head_dim, plan.shape.num_warps),
+        FIELDS=FIELDS,
+        WINDOW=plan.sliding_window is not None,
+        STAGES=plan.shape.stages,
+        num_warps=plan.shape.num_warps,
+    )
