@@ -32,6 +32,7 @@ def test_defaults(tiny_model_dir: Path) -> None:
         prefill_interval=16,
         cache_max_entry_count=0.8,
         enable_prefix_caching=True,
+        quant_policy=0,
         dtype="float32",
         device="cpu",
         eager_mode=False,
@@ -53,6 +54,7 @@ def test_every_pytorch_field_arrives(tiny_model_dir: Path) -> None:
         "max_prefill_token_num": 77,
         "cache_max_entry_count": 0.25,
         "enable_prefix_caching": False,
+        "quant_policy": 8,
         "dtype": "bfloat16",
         "device": "cpu",
         "eager_mode": True,
@@ -189,7 +191,7 @@ def test_the_pool_is_aligned_zeros(tiny_model_dir: Path, dtype: torch.dtype) -> 
     spec = ModelSpec.read(read_config(tiny_model_dir))
     caches = kv_cache.allocate(spec, num_blocks=3, block_size=16, dtype=dtype, device=torch.device("cpu"))
     assert len(caches) == 2
-    for tensor in (half for cache in caches for half in cache):
+    for tensor in (half for cache in caches for half in cache.tensors):
         assert tensor.shape == (3, 2, 16, 16)
         assert tensor.is_contiguous()
         assert tensor.dtype == dtype
