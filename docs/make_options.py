@@ -98,7 +98,11 @@ PYTORCH = {
 }
 TURBOMIND = {
     "model_name": PYTORCH["model_name"],
-    "model_format": Note("None or 'hf'; the others are refused by name", "'awq' with groups of 128 only", "more formats"),
+    "model_format": Note(
+        "None, 'hf' or 'awq', as config.json says; 'llama' is refused by name",
+        "'awq' with groups of 128 only, kept in 4 bits",
+        "more formats",
+    ),
     "tp": Note(COUNT, "a power of two", "any"),
     "session_len": Note("None, or from 1 to the model's length", "None: the template's, 2048 mostly", SAME),
     "max_batch_size": PYTORCH["max_batch_size"],

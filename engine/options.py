@@ -80,8 +80,9 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
     Raise `UnsupportedOption` or `InvalidRequest` with the field as `param`, or `ModelLoadError`.
     """
     config = backend_config if backend_config is not None else PytorchEngineConfig()
+    layout = None
     if isinstance(config, TurbomindEngineConfig):
-        config = _from_turbomind(config)
+        layout, config = config.model_format, _from_turbomind(config)
     if not isinstance(config, PytorchEngineConfig):
         kind = type(config).__name__
         raise InvalidRequest(
@@ -90,7 +91,13 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
     _refuse_unsupported(config)
     path = locate_model(model_path)
     info = ModelInfo.read(path)
-    ModelSpec.read(read_config(path)).shard(config.tp)  # an unknown architecture or a tp that doesn't divide is refused here
+    spec = ModelSpec.read(read_config(path))
+    spec.shard(config.tp)  # an unknown architecture or a tp that doesn't divide is refused here
+    if layout is not None and layout != (found := "hf" if spec.awq_group is None else "awq"):
+        raise InvalidRequest(
+            f"model_format={layout!r}, but the checkpoint in {path} is {found!r} by its config.json; leave model_format at None",
+            param="model_format",
+        )
     device = _device(config)
     return EngineOptions(
         model_path=info.path,
@@ -113,10 +120,9 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
 
 def _from_turbomind(config: TurbomindEngineConfig) -> PytorchEngineConfig:
     """Map field by field onto the one engine; a whole number in `cache_max_entry_count` counts blocks."""
-    if config.model_format in ("llama", "awq"):
+    if config.model_format == "llama":
         raise UnsupportedOption(
-            f"model_format={config.model_format!r} is not supported by this build; give a Hugging Face directory",
-            param="model_format",
+            "model_format='llama' is not supported by this build; give a Hugging Face directory", param="model_format"
         )
     if config.rope_scaling_factor >= 1:
         raise UnsupportedOption(

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine import awq
 from engine.model_info import ModelInfo, locate_model
 from engine.random_weights import MARK, RandomTensors
 from engine.staging import Staging
@@ -47,8 +48,13 @@ class Checkpoint:
         dtype: torch.dtype,
         device: torch.device,
         drawn: RandomTensors | None = None,
+        awq_group: int | None = None,
     ) -> None:
-        """Keep the opened file of each tensor name, and what to turn tensors into; `drawn` stands in for all files."""
+        """Keep the opened file of each tensor name, and what to turn tensors into; `drawn` stands in for all files.
+
+        `awq_group`: see `ModelSpec.awq_group`. A matrix that isn't stored as such is then unpacked from its 4 bits.
+        """
+        self._awq_group = awq_group
         self._drawn = drawn
         self._path = path
         self._files = files
@@ -71,7 +77,7 @@ class Checkpoint:
         start = 0
         for source in sources:
             place = out[start : start + source.shape[0]]
-            if self._staging is None:
+            if self._staging is None or source.is_cuda:
                 place.copy_(source)
             else:
                 self._staging.copy(place, source)
@@ -83,6 +89,11 @@ class Checkpoint:
         if self._drawn is not None:
             whole = self._drawn.draw(part.name, part.shape)
             return whole[part.rows] if len(part.shape) == 1 else whole[part.rows, part.columns]
+        if self._awq_group is not None and len(part.shape) == 2 and part.name not in self._files:
+            return self._unpacked(part, self._awq_group)
+        return self._stored(part)
+
+    def _stored(self, part: Part) -> Tensor:
         file = self._files.get(part.name)
         if file is None:
             raise ModelLoadError(
@@ -96,9 +107,36 @@ class Checkpoint:
         source: Tensor = stored[part.rows] if len(part.shape) == 1 else stored[part.rows, part.columns]
         return source
 
+    def _unpacked(self, part: Part, group: int) -> Tensor:
+        """Read the groups of inputs and the words of outputs that hold the wanted rows and columns, and unpack them on the device."""
+        outputs, inputs = part.shape
+        group = inputs if group == -1 else group
+        if inputs % group or outputs % awq.PER_WORD:
+            raise ModelLoadError(f"{part.name!r} of {outputs} x {inputs} can't be AWQ's in groups of {group} inputs")
+        (first, last, _), (low, high, _) = part.rows.indices(outputs), part.columns.indices(inputs)
+        words = slice(first // awq.PER_WORD, -(-last // awq.PER_WORD))
+        groups = slice(low // group, -(-high // group))
+        stem = part.name.removesuffix("weight")
+        wanted = (
+            Part(f"{stem}qweight", (inputs, outputs // awq.PER_WORD), slice(groups.start * group, groups.stop * group), words),
+            Part(f"{stem}qzeros", (inputs // group, outputs // awq.PER_WORD), groups, words),
+            Part(
+                f"{stem}scales",
+                (inputs // group, outputs),
+                groups,
+                slice(words.start * awq.PER_WORD, words.stop * awq.PER_WORD),
+            ),
+        )
+        packed = awq.Packed(*(self._stored(one).to(self._device) for one in wanted))
+        weight_OI = awq.unpack(packed, group=group, dtype=self._dtype)
+        top, left = words.start * awq.PER_WORD, groups.start * group
+        return weight_OI[first - top : last - top, low - left : high - left]
+
 
 @contextlib.contextmanager
-def open_checkpoint(path: Path, *, dtype: torch.dtype, device: torch.device) -> Iterator[Checkpoint]:
+def open_checkpoint(
+    path: Path, *, dtype: torch.dtype, device: torch.device, awq_group: int | None = None
+) -> Iterator[Checkpoint]:
     """Open all safetensors files of `path`, or what stands in for them (`engine.random_weights`). Raise `ModelLoadError` for a broken or missing one."""
     if (path / MARK).is_file():
         yield Checkpoint(path, {}, dtype=dtype, device=device, drawn=RandomTensors(path / MARK, dtype=dtype, device=device))
@@ -111,7 +149,7 @@ def open_checkpoint(path: Path, *, dtype: torch.dtype, device: torch.device) -> 
             except (SafetensorError, OSError) as error:
                 raise ModelLoadError(f"{file} can't be read ({error}); download the model again") from None
             files.update(dict.fromkeys(handle.keys(), handle))
-        yield Checkpoint(path, files, dtype=dtype, device=device)
+        yield Checkpoint(path, files, dtype=dtype, device=device, awq_group=awq_group)
 
 
 def _files(path: Path) -> list[Path]:

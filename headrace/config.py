@@ -271,7 +271,7 @@ class TurbomindEngineConfig(_Wire):
     model_name: str | None = None
     """Chat template name; None: the tokenizer's own template."""
     model_format: Literal["hf", "llama", "awq"] | None = None
-    """Layout of the checkpoint; None: found out."""
+    """Layout of the checkpoint: 'hf', or 'awq' (4 bits, unpacked as they are read); None: found out."""
     tp: int = 1
     """Devices (on a CPU: processes) that share each layer; it divides the model's heads."""
     session_len: int | None = None

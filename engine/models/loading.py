@@ -31,7 +31,7 @@ def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group:
     whole = ModelSpec.read(read_config(path))
     spec = whole.shard(group.size)
     prepared = gemm_table.prepare(spec, ranks=group.size, dtype=dtype, device=device)
-    with open_checkpoint(path, dtype=dtype, device=device) as checkpoint:
+    with open_checkpoint(path, dtype=dtype, device=device, awq_group=whole.awq_group) as checkpoint:
         loader = _Loader(whole, checkpoint, group)
         (embedding, head), layers = _read(loader, spec.num_layers, device)
         norm_D = loader.vector("model.norm.weight", spec.hidden_size)

@@ -78,16 +78,13 @@ class ModelSpec:
     qk_norm: bool
     tied: bool
     """Whether the output head is the embedding."""
+    awq_group: int | None = None
+    """Inputs that share a scale, where the checkpoint's matrices are stored in 4 bits (`engine.awq`); -1: all of them. None: they aren't."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read a Hugging Face config. Raise `ModelLoadError` naming what is not supported or missing."""
         architecture, traits = _architecture(config)
-        if config.get("quantization_config"):
-            raise ModelLoadError(
-                "quantised checkpoints are not supported by this build; give the model's bf16 or fp16 original",
-                param="model_path",
-            )
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise ModelLoadError(
@@ -111,6 +108,7 @@ class ModelSpec:
             mlp_bias=_flag(config, traits.mlp_bias),
             qk_norm=traits.qk_norm,
             tied=bool(config.get("tie_word_embeddings", False)),
+            awq_group=_awq_group(config),
         )
 
     def shard(self, size: int) -> ModelSpec:
@@ -144,6 +142,30 @@ def _architecture(config: Mapping[str, Any]) -> tuple[str, Traits]:
     raise ModelLoadError(
         f"architecture {names[0]!r} is not supported; supported are {', '.join(ARCHITECTURES)}", param="model_path"
     )
+
+
+def _awq_group(config: Mapping[str, Any]) -> int | None:
+    """Read `quantization_config`; refuse what isn't AWQ in 4 bits, by name."""
+    given = config.get("quantization_config")
+    if not given:
+        return None
+    method = given.get("quant_method")
+    if method != "awq":
+        raise ModelLoadError(
+            f"checkpoints quantised by {method!r} are not supported, only 'awq' is; give the model's bf16 or fp16 original",
+            param="model_path",
+        )
+    for name, only in (("bits", 4), ("version", "gemm"), ("zero_point", True)):
+        value = given.get(name, only)
+        if (value.lower() if isinstance(value, str) else value) != only:
+            raise ModelLoadError(
+                f"an AWQ checkpoint with {name}={value!r} is not supported, only {only!r} is; give the model's bf16 or fp16 original",
+                param="model_path",
+            )
+    group = given.get("group_size", 128)
+    if not isinstance(group, int) or group == 0 or group < -1:
+        raise ModelLoadError(f"quantization_config has no usable 'group_size' (found {group!r})", param="model_path")
+    return group
 
 
 def _size(config: Mapping[str, Any], name: str) -> int:

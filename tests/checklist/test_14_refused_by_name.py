@@ -12,7 +12,6 @@ from headrace import InvalidRequest, PytorchEngineConfig, TurbomindEngineConfig,
 REFUSED = [
     TurbomindEngineConfig(rope_scaling_factor=1.0),
     TurbomindEngineConfig(use_logn_attn=True),
-    TurbomindEngineConfig(model_format="awq"),
     TurbomindEngineConfig(model_format="llama"),
     PytorchEngineConfig(adapters={"mine": "/path"}),
 ]

@@ -145,7 +145,11 @@ def test_unknown_architecture_is_refused_naming_the_supported(tiny_model_dir: Pa
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 8}}, "bits=8"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "GEMV"}}, "version='GEMV'"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "zero_point": False}}, "zero_point=False"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 0}}, "group_size"),
         ({"hidden_size": None}, "hidden_size"),
     ],
 )

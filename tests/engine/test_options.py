@@ -118,7 +118,6 @@ def test_turbomind_fields_arrive(tiny_model_dir: Path) -> None:
         (PytorchEngineConfig(eviction_type="copy"), "eviction_type"),
         (PytorchEngineConfig(num_cpu_blocks=4), "num_cpu_blocks"),
         (PytorchEngineConfig(adapters={"a": "/x"}), "adapters"),
-        (TurbomindEngineConfig(model_format="awq"), "model_format"),
         (TurbomindEngineConfig(model_format="llama"), "model_format"),
         (TurbomindEngineConfig(rope_scaling_factor=2.0), "rope_scaling_factor"),
         (TurbomindEngineConfig(use_logn_attn=True), "use_logn_attn"),
