@@ -92,6 +92,8 @@ PYTORCH = {
     "cache_max_entry_count": Note("above 0, below 1", ABSENT, "before activations, by formula"),
     "enable_prefix_caching": Note("True or False", ABSENT, "default False"),
     "quant_policy": Note("0 or 8", ABSENT, "4: 4-bit, 8: 8-bit, and formats of 8 bits with a point"),
+    "rope_scaling_factor": Note("below 1: off; from 1 any", "from 1: dynamic NTK, fixed for each sequence", SAME),
+    "use_logn_attn": Note("True or False", "scaled the queries beyond the trained length", SAME),
     "dtype": Note("one of these", ABSENT, SAME),
     "device": Note("one of these", ABSENT, "`device_type`"),
     "eager_mode": Note("True or False", "always eager", SAME),
@@ -110,10 +112,8 @@ TURBOMIND = {
         "above 0, below 1, or whole from 1", "fraction of the device's whole memory", "0.8, of what is free after the weights"
     ),
     "quant_policy": Note("0, 4 or 8", "4: 8-bit KV with scales from a calibration", "4: 4-bit, 8: 8-bit, without calibration"),
-    "rope_scaling_factor": Note(
-        "below 1 (off): from 1 it is refused by name", "from 1: dynamic NTK, fixed for each sequence", SAME
-    ),
-    "use_logn_attn": Note(REFUSED, "scaled the queries beyond the trained length", SAME),
+    "rope_scaling_factor": PYTORCH["rope_scaling_factor"],
+    "use_logn_attn": PYTORCH["use_logn_attn"],
 }
 TEMPLATE_TEXT = Note("None or a text", "some families ignored it, some used it as another field", SAME)
 TEMPLATE = {

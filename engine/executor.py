@@ -20,10 +20,8 @@ import torch
 from engine import garbage, kv_cache
 from engine.compile_ahead import CompileAhead
 from engine.kv_cache import MemoryReport
-from engine.model_info import read_config
 from engine.models.decoder import Decoder, LayerCache
 from engine.models.loading import head_rows, load_decoder
-from engine.models.spec import ModelSpec
 from engine.options import EngineOptions
 from engine.parallel import (
     DistributedGroup,
@@ -68,11 +66,17 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     watch = Stopwatch()
     _connect(options, group, dtype=dtype, device=device)
     watch.lap("connect")
-    spec = ModelSpec.read(read_config(Path(options.model_path))).shard(group.size)
+    whole = options.model_spec()
+    spec = whole.shard(group.size)
     compiling = CompileAhead(spec, options, device=device)
     with torch.inference_mode():
         decoder = load_decoder(
-            Path(options.model_path), dtype=dtype, device=device, group=group, max_positions=options.session_len + 1
+            Path(options.model_path),
+            dtype=dtype,
+            device=device,
+            group=group,
+            max_positions=options.session_len + 1,
+            whole=whole,
         )
         watch.lap("weights")
         compiling.wait()
@@ -89,25 +93,20 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
             int8=options.int8_kv,
         )
         watch.lap("kv_pool")
-    slots = options.max_batch_size
-    table = StateTable(num_slots=slots, session_len=options.session_len, block_size=options.block_size, device=device)
+    table = StateTable(
+        num_slots=options.max_batch_size,
+        session_len=options.session_len,
+        block_size=options.block_size,
+        device=device,
+        stretched=decoder.stretched is not None,
+    )
     free = kv_cache.free_memory(device)
     forward, decode_ms = _forward(options, decoder, caches, table)
     if profile is not None:
         memory = replace(memory, graphs=max(0, free - kv_cache.free_memory(device)))
         profile.reserve(device)
     watch.lap("graphs")
-    vocab_size = decoder.spec.vocab_size
-    automata = TokenAutomata(model_path=options.model_path, num_slots=slots, vocab_size=vocab_size, device=device)
-    runner = Runner(
-        forward=forward,
-        head=decoder.head,
-        caches=caches,
-        table=table,
-        sampler=Sampler(num_slots=slots, vocab_size=vocab_size, device=device, automata=automata),
-        scorer=Scorer(num_slots=slots, vocab_size=vocab_size),
-        shares=RowShares(group, device=device),
-    )
+    runner = _runner(options, decoder, caches, table, forward, device)
     log.info(
         "model loaded; the engine takes requests now",
         extra={
@@ -121,13 +120,35 @@ def _make_rank(options: EngineOptions, group: ParallelGroup, device: torch.devic
     return _Rank(runner, memory, watch.seconds, 1 if profile is None else profile.worthwhile_tokens(decode_ms))
 
 
+def _runner(
+    options: EngineOptions,
+    decoder: Decoder,
+    caches: Sequence[LayerCache],
+    table: StateTable,
+    forward: Forward,
+    device: torch.device,
+) -> Runner:
+    """Put together what runs plans."""
+    slots, vocab_size = options.max_batch_size, decoder.spec.vocab_size
+    automata = TokenAutomata(model_path=options.model_path, num_slots=slots, vocab_size=vocab_size, device=device)
+    return Runner(
+        forward=forward,
+        head=decoder.head,
+        caches=caches,
+        table=table,
+        sampler=Sampler(num_slots=slots, vocab_size=vocab_size, device=device, automata=automata),
+        scorer=Scorer(num_slots=slots, vocab_size=vocab_size),
+        shares=RowShares(decoder.group, device=device),
+    )
+
+
 def _connect(options: EngineOptions, group: ParallelGroup, *, dtype: torch.dtype, device: torch.device) -> None:
     """Let the ranks add up by reading each other's memory, where they are GPUs that can."""
     if device.type != "cuda" or not isinstance(group, DistributedGroup):
         return
     from engine.peer_sums import connect  # its kernels need Triton
 
-    spec = ModelSpec.read(read_config(Path(options.model_path)))
+    spec = options.model_spec()
     group.sums = connect(
         group,
         dim=spec.hidden_size,
@@ -150,7 +171,7 @@ def _forward(
         return decoder.hidden, math.inf
     from engine.graphs import GraphForward  # needed on a GPU alone
 
-    graphs = GraphForward(decoder, caches, table.singles, session_len=options.session_len)
+    graphs = GraphForward(decoder, caches, table.singles, session_len=options.session_len, stretch_S=table.stretch_S)
     graphs.capture()
     return graphs, graphs.largest_ms
 

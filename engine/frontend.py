@@ -105,7 +105,7 @@ class Frontend:
         except BaseException:
             self._supervisor.close()
             raise
-        self._preparer = Preparer(tokenizer, self._template, self._info, self._session_len)
+        self._preparer = Preparer(tokenizer, self._template, self._info, self._session_len, self.options.model_spec().rope)
 
     # ---- for any thread
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.models.decoder import Decoder, LayerCache, StepInputs
+from engine.models.decoder import Decoder, LayerCache, StepInputs, Stretches
 from kernels.attention import AttentionMetadata
 from kernels.state import SingleRows
 
@@ -59,8 +59,17 @@ def fastest_sizes(times: Mapping[int, float]) -> list[int]:
 class GraphForward:
     """`Runner`'s forward: replays a graph where there is one for the plan's shape, runs the model otherwise."""
 
-    def __init__(self, model: Decoder, caches: Sequence[LayerCache], singles: SingleRows, *, session_len: int) -> None:
-        """Make ready for as many rows as `singles` has; capture nothing yet."""
+    def __init__(
+        self,
+        model: Decoder,
+        caches: Sequence[LayerCache],
+        singles: SingleRows,
+        *,
+        session_len: int,
+        stretch_S: Tensor | None = None,
+    ) -> None:
+        """Make ready for as many rows as `singles` has; capture nothing yet. `stretch_S`: see `Stretches`."""
+        self._stretch_S = stretch_S
         max_rows, device = len(singles.tokens_R), singles.tokens_R.device
         self._model = model
         self._caches = caches
@@ -155,4 +164,5 @@ class GraphForward:
             slots_T=singles.cache_slots_R[:size],
             attention=attention,
             sampled_R=None,
+            stretches=None if self._stretch_S is None else Stretches(self._stretch_S, singles.slots_R[:size]),
         )

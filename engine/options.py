@@ -49,6 +49,8 @@ class EngineOptions:
     cache_max_entry_count: float
     enable_prefix_caching: bool
     quant_policy: Literal[0, 8]
+    rope_scaling_factor: float
+    use_logn_attn: bool
     dtype: DTypeName
     device: DeviceName
     eager_mode: bool
@@ -63,6 +65,14 @@ class EngineOptions:
     def int8_kv(self) -> bool:
         """Whether the KV pool holds 8-bit integers."""
         return self.quant_policy == 8
+
+    def model_spec(self) -> ModelSpec:
+        """Read the whole model's config.json, with what these options change of it."""
+        return ModelSpec.read(
+            read_config(Path(self.model_path)),
+            rope_scaling_factor=self.rope_scaling_factor,
+            use_logn_attn=self.use_logn_attn,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form."""
@@ -91,7 +101,7 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
     _refuse_unsupported(config)
     path = locate_model(model_path)
     info = ModelInfo.read(path)
-    spec = ModelSpec.read(read_config(path))
+    spec = ModelSpec.read(read_config(path), rope_scaling_factor=config.rope_scaling_factor, use_logn_attn=config.use_logn_attn)
     spec.shard(config.tp)  # an unknown architecture or a tp that doesn't divide is refused here
     if layout is not None and layout != (found := "hf" if spec.awq_group is None else "awq"):
         raise InvalidRequest(
@@ -102,7 +112,7 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
     return EngineOptions(
         model_path=info.path,
         tp=config.tp,
-        session_len=_session_len(config.session_len, info),
+        session_len=_session_len(config.session_len, info, spec),
         max_batch_size=config.max_batch_size or _max_running(device),
         block_size=config.block_size,
         num_blocks=config.num_gpu_blocks,
@@ -111,6 +121,8 @@ def resolve(model_path: str | Path, backend_config: PytorchEngineConfig | Turbom
         cache_max_entry_count=config.cache_max_entry_count,
         enable_prefix_caching=config.enable_prefix_caching,
         quant_policy=config.quant_policy,
+        rope_scaling_factor=config.rope_scaling_factor,
+        use_logn_attn=config.use_logn_attn,
         dtype=_dtype(config, info, device),
         device=device,
         eager_mode=config.eager_mode,
@@ -124,13 +136,6 @@ def _from_turbomind(config: TurbomindEngineConfig) -> PytorchEngineConfig:
         raise UnsupportedOption(
             "model_format='llama' is not supported by this build; give a Hugging Face directory", param="model_format"
         )
-    if config.rope_scaling_factor >= 1:
-        raise UnsupportedOption(
-            "rope_scaling_factor is not supported by this build; leave it at 0 and use the model's own rope scaling",
-            param="rope_scaling_factor",
-        )
-    if config.use_logn_attn:
-        raise UnsupportedOption("use_logn_attn is not supported by this build; leave it off", param="use_logn_attn")
     if config.quant_policy == 4:
         log.warning(
             "quant_policy=4 is the document's number for an 8-bit KV cache, and that is what runs; later releases mean 4 bits by it: say 8",
@@ -144,6 +149,8 @@ def _from_turbomind(config: TurbomindEngineConfig) -> PytorchEngineConfig:
         session_len=config.session_len,
         max_batch_size=config.max_batch_size,
         quant_policy=8 if config.quant_policy else 0,
+        rope_scaling_factor=config.rope_scaling_factor,
+        use_logn_attn=config.use_logn_attn,
         **sizes,
     )
 
@@ -160,10 +167,11 @@ def _refuse_unsupported(config: PytorchEngineConfig) -> None:
         raise UnsupportedOption("adapters are not supported by this build; merge the adapter into the model", param="adapters")
 
 
-def _session_len(wanted: int | None, info: ModelInfo) -> int:
-    if wanted is not None and wanted > info.max_length:
+def _session_len(wanted: int | None, info: ModelInfo, spec: ModelSpec) -> int:
+    if wanted is not None and wanted > info.max_length and spec.rope.kind != "dynamic":
         raise InvalidRequest(
-            f"session_len={wanted} is more than the {info.max_length} positions of {info.architecture} in {info.path}",
+            f"session_len={wanted} is more than the {info.max_length} positions of {info.architecture} in {info.path}; "
+            "rope_scaling_factor goes beyond them",
             param="session_len",
         )
     return wanted or info.max_length

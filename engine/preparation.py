@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from engine.grammar import Grammars
 from engine.model_info import ModelInfo
+from engine.models.spec import RopeSpec
 from engine.request import LimitName, TokenRequest
 from engine.templates import ChatTemplate, parse_messages
 from engine.token_texts import TokenTexts
@@ -64,6 +65,7 @@ class Preparer:
     template: ChatTemplate
     info: ModelInfo
     session_len: int
+    rope: RopeSpec = field(default_factory=RopeSpec)
     _grammars: Grammars = field(init=False)
     _bad_sequences: Callable[[_Words, _Ids], tuple[_Ids, ...]] = field(init=False)
     _texts: Callable[[], TokenTexts | None] = field(init=False)
@@ -106,6 +108,7 @@ class Preparer:
         bad_sequences = self._bad_sequences(config.bad_words, config.bad_token_ids)
         _check_something_is_left(bad_sequences, config, stops, self.info.vocab_size)
         seed = _seed(config, seed_key, index)
+        max_new_tokens = room if wanted is None else min(wanted, room)
         requests = tuple(
             TokenRequest(
                 request_id=f"{handle}-{choice}",
@@ -113,12 +116,13 @@ class Preparer:
                 config=config,
                 seed=seed,
                 choice=choice,
-                max_new_tokens=room if wanted is None else min(wanted, room),
+                max_new_tokens=max_new_tokens,
                 limit=limit,
                 eos_ids=stops.eos_ids,
                 stop_ids=stops.stop_ids,
                 bad_sequences=bad_sequences,
                 stream=is_streamed or bool(stops.words),
+                rope_stretch=self.rope.stretch(min(len(ids) + max_new_tokens, self.session_len)),
                 family=str(handle) if config.n > 1 else None,
             )
             for choice in range(config.n)

@@ -37,6 +37,8 @@ class TokenRequest:
     """Token sequences never to be completed: `bad_words` tokenised, `bad_token_ids` as sequences of one."""
     stream: bool = False
     """Report every step's tokens (the frontend streams, or looks for stop words), not only the finished whole."""
+    rope_stretch: float = 1.0
+    """What the base of its rope is stretched by, for the length that it may reach (`RopeSpec.stretch`)."""
     family: str | None = None
     """Requests with the same family have the same prompt and differ in `choice` alone: the prompt is computed once for all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 from engine.blocks import ROOT_KEY, prefix_key
@@ -125,8 +126,14 @@ class SequenceState:
         while len(keys) <= index:
             start = len(keys) * block_size
             assert start + block_size <= len(tokens), "the key of a block whose tokens are not all known"
-            keys.append(prefix_key(keys[-1] if keys else ROOT_KEY, tokens[start : start + block_size]))
+            keys.append(prefix_key(keys[-1] if keys else self._root, tokens[start : start + block_size]))
         return keys[index]
+
+    @property
+    def _root(self) -> bytes:
+        """The parent of its first block's key: keys that were turned by another base are other keys."""
+        stretch = self.request.rope_stretch
+        return ROOT_KEY if stretch == 1.0 else ROOT_KEY + struct.pack("<d", stretch)
 
 
 def make_sequence(request: TokenRequest, *, arrival: int, session_len: int, num_blocks: int, block_size: int) -> SequenceState:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.models.decoder import StepInputs
+from engine.models.decoder import StepInputs, Stretches
 from engine.plan import Admission, StepPlan
 from kernels.attention import AttentionMetadata
 from kernels.state import SingleRows, lay_out_singles, store_tokens
@@ -67,8 +67,8 @@ class SampledRows(NamedTuple):
         return SampledRows(*on_host, self.slots_Q[which], self.lengths_Q[which], self.output_indices_Q[which])
 
 
-def upload(values: npt.NDArray[np.integer[Any]], device: torch.device) -> Tensor:
-    """Copy whole numbers to the device without waiting for it."""
+def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy numbers to the device without waiting for it."""
     host = torch.from_numpy(values)
     # From pageable memory the copy would wait for all the work that the device still has; the pinned block goes back to
     # torch's pool only when the copy is done.
@@ -84,8 +84,14 @@ def table_bytes(*, num_slots: int, session_len: int, block_size: int) -> int:
 class StateTable:
     """Token ids and block tables of `num_slots` requests."""
 
-    def __init__(self, *, num_slots: int, session_len: int, block_size: int, device: torch.device) -> None:
-        """Allocate the table. A row has one position more than a session: a step launched blind may sample past its end."""
+    def __init__(
+        self, *, num_slots: int, session_len: int, block_size: int, device: torch.device, stretched: bool = False
+    ) -> None:
+        """Allocate the table. A row has one position more than a session: a step launched blind may sample past its end.
+
+        `stretched`: whether requests have a rope of their own each.
+        """
+        self.stretch_S = torch.ones(num_slots, device=device) if stretched else None
         self._width = session_len + 1
         self._blocks = -(-session_len // block_size)
         self._block_size = block_size
@@ -104,6 +110,14 @@ class StateTable:
         places = [np.arange(len(one.token_ids)) + one.slot * self._width for one in admitted]
         self._scatter(self.token_ids_SL, np.concatenate(places), np.concatenate(ids))
         self._append_blocks([(one.slot, 0, one.blocks) for one in admitted])
+        if self.stretch_S is not None:
+            slots_A = upload(np.array([one.slot for one in admitted], dtype=np.int64), self._device)
+            stretch_A = upload(np.array([one.request.rope_stretch for one in admitted], dtype=np.float32), self._device)
+            self.stretch_S.index_copy_(0, slots_A, stretch_A)
+
+    def stretches(self, slots_T: Tensor) -> Stretches | None:
+        """Say where the tokens of these slots find their ropes; None where all have the model's."""
+        return None if self.stretch_S is None else Stretches(self.stretch_S, slots_T)
 
     def inputs(self, plan: StepPlan) -> tuple[StepInputs, SampledRows]:
         """Append the plan's new blocks and lay out its rows (at least one) for the model."""
@@ -144,6 +158,7 @@ class StateTable:
             slots_T=singles.cache_slots_R[:count],
             attention=attention,
             sampled_R=None,
+            stretches=self.stretches(singles.slots_R[:count]),
         )
         on_device = singles.slots_R[:count], singles.lengths_R[:count], singles.output_indices_R[:count]
         return inputs, SampledRows(slots, lengths, indices, *on_device)
@@ -191,6 +206,7 @@ class StateTable:
             slots_T=self._cache_slots(slot_T, positions_T),
             attention=attention,
             sampled_R=None if len(picked) == num_tokens and scored is None else last_Q,
+            stretches=self.stretches(slot_T),
         )
         return inputs, SampledRows(*sampled, slots_Q, lengths_Q, indices_Q, scored)
 

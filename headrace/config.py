@@ -225,6 +225,10 @@ class PytorchEngineConfig(_Wire):
     """Keep the KV blocks of what was computed, and don't compute an equal beginning again."""
     quant_policy: Literal[0, 8] = 0
     """KV cache: 0 in the weights' type, 8 as 8-bit integers, one scale for each token's key and value of each head."""
+    rope_scaling_factor: float = 0.0
+    """From 1 on: stretch the rope of a sequence that may reach more tokens than the model was trained with (dynamic NTK); below: off."""
+    use_logn_attn: bool = False
+    """Scale queries beyond the trained length by the logarithm of their position."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Weights, and the KV cache unless `quant_policy` says otherwise; 'auto': the checkpoint's on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -260,7 +264,7 @@ class PytorchEngineConfig(_Wire):
             isinstance(self.adapters, dict) and all(isinstance(k, str) and isinstance(v, str) for k, v in self.adapters.items())
         )
         _check(ok, "adapters", self.adapters, "None or a mapping of name to path")
-        for name in ("enable_prefix_caching", "eager_mode"):
+        for name in ("enable_prefix_caching", "eager_mode", "use_logn_attn"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
 
 
@@ -283,7 +287,7 @@ class TurbomindEngineConfig(_Wire):
     quant_policy: int = 0
     """KV cache: 0 in the weights' type; 4 (the document's number) or 8 as 8-bit integers."""
     rope_scaling_factor: float = 0.0
-    """Dynamic NTK scaling of the rotary embedding; below 1: off."""
+    """From 1 on: stretch the rope of a sequence that may reach more tokens than the model was trained with (dynamic NTK); below: off."""
     use_logn_attn: bool = False
     """Scale queries beyond the trained length by the logarithm of their position."""
 
@@ -298,11 +302,11 @@ class TurbomindEngineConfig(_Wire):
         ok = _is_number(count) and count > 0 and (count < 1 or float(count).is_integer())
         _check(ok, "cache_max_entry_count", count, "a number between 0 and 1, or a whole number of blocks")
         _check(self.quant_policy in (0, 4, 8), "quant_policy", self.quant_policy, "0, 4 or 8")
-        _check(_is_number(self.rope_scaling_factor, 0), "rope_scaling_factor", self.rope_scaling_factor, "a number from 0")
         _check(isinstance(self.use_logn_attn, bool), "use_logn_attn", self.use_logn_attn, "true or false")
 
 
 def _check_engine_fields(config: PytorchEngineConfig | TurbomindEngineConfig) -> None:
+    _check(_is_number(config.rope_scaling_factor, 0), "rope_scaling_factor", config.rope_scaling_factor, "a number from 0")
     _check(config.model_name is None or isinstance(config.model_name, str), "model_name", config.model_name, "None or a string")
     _check(_is_int(config.tp, 1), "tp", config.tp, "a whole number from 1")
     _check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,28 @@ def cos_sin_table(rope: RopeSpec, *, head_dim: int, positions: int, device: torc
     angles_Mh = torch.arange(positions, dtype=torch.float32)[:, None] * inverse_h
     table_MH = torch.cat([angles_Mh.cos(), angles_Mh.sin()], dim=-1) * rope.attention_factor
     return table_MH.to(device)
+
+
+class StretchedAngles(NamedTuple):
+    """Angles of sequences that each have a base of their own (dynamic NTK). h half of the head dim."""
+
+    inverse_h: Tensor
+    """float32: what a position is multiplied with where nothing is stretched."""
+    power_h: Tensor
+    """float32: a base stretched by s^(H / (H - 2)) multiplies frequency i by s^(-2i / (H - 2))."""
+
+    def table(self, positions_T: Tensor, stretch_T: Tensor) -> Tensor:
+        """Give float32 [T, H] as `cos_sin_table` does, for each token by its position and its sequence's stretch (float32)."""
+        angles_Th = positions_T[:, None] * (self.inverse_h * stretch_T[:, None] ** self.power_h)
+        return torch.cat([angles_Th.cos(), angles_Th.sin()], dim=-1)
+
+
+def stretched_angles(rope: RopeSpec, *, head_dim: int, device: torch.device) -> StretchedAngles | None:
+    """Make them for a rope that is stretched from sequence to sequence; None for others."""
+    if rope.kind != "dynamic":
+        return None
+    power_h = -torch.arange(0, head_dim, 2, dtype=torch.float32) / (head_dim - 2)
+    return StretchedAngles(_inverse_frequencies(rope, head_dim).to(device), power_h.to(device))
 
 
 def _inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

@@ -6,14 +6,17 @@ Knows nothing of requests: which token stands where comes in as `StepInputs`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
+from engine.layers.rope import StretchedAngles
 from engine.models.residual import FewRows, ManyRows, RankRows, Residual, SharedRows
 from engine.models.spec import ModelSpec
 from engine.parallel import ParallelGroup
@@ -42,6 +45,15 @@ class LayerCache(NamedTuple):
         return (self.k_BKSH, self.v_BKSH, *(self.scales or ()))
 
 
+class Stretches(NamedTuple):
+    """Where a step finds how its tokens' sequences are stretched: looked up inside the step, so that a captured one reads it anew."""
+
+    stretch_S: Tensor
+    """float32, by slot of the state table."""
+    slots_T: Tensor
+    """int64: each token's slot; -1: a padding row."""
+
+
 class StepInputs(NamedTuple):
     """What the model computes in one step. The shapes of a plan of single tokens depend on its row count alone."""
 
@@ -53,6 +65,18 @@ class StepInputs(NamedTuple):
     attention: AttentionMetadata
     sampled_R: Tensor | None
     """int64: the tokens whose hidden state reaches the head; None: all of them, in order."""
+    stretches: Stretches | None = None
+    """None: every sequence's rope is the model's."""
+
+
+class _Turn(NamedTuple):
+    """How a step's queries and keys are turned, and its queries scaled."""
+
+    cos_sin_MH: Tensor
+    rows_T: Tensor
+    """int64: each token's row of the table."""
+    logn_T11: Tensor | None
+    """float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +104,8 @@ class Decoder:
     norm_D: Tensor
     head: Head
     cos_sin_MH: Tensor
+    stretched: StretchedAngles | None = None
+    """For ropes that are stretched from sequence to sequence."""
     few_rows: frozenset[int] = frozenset()
     """Row buckets whose steps run on the kernels for few rows: `engine.gemm_table` fills it in."""
 
@@ -99,9 +125,10 @@ class Decoder:
         """Give what the head reads: the normed hidden states [R, D] of the sampled tokens. Keys and values are written."""
         windows = {layer.window for layer in self.layers}
         inputs = inputs._replace(attention=plan_attention(inputs.attention, caches[0].k_BKSH, windows=windows))
+        turn = self._turn(inputs)
         stream = self.residual(self.embedding(inputs.tokens_T))
         for layer, cache in zip(self.layers, caches, strict=True):
-            out_TE = self._attend(layer, cache, stream.read(layer.qkv, layer.input_norm_D), inputs)
+            out_TE = self._attend(layer, cache, stream.read(layer.qkv, layer.input_norm_D), inputs, turn)
             if layer is self.layers[-1] and inputs.sampled_R is not None:
                 # Behind the last keys and values only what reaches the head counts: of a prompt one token in thousands.
                 out_TE = stream.keep(inputs.sampled_R, out_TE)
@@ -127,7 +154,19 @@ class Decoder:
             return RankRows(x_TD, self.spec.norm_eps, sums, few=few)
         return (FewRows if few else ManyRows)(x_TD, self.spec.norm_eps)
 
-    def _attend(self, layer: Layer, cache: LayerCache, qkv_TO: Tensor, inputs: StepInputs) -> Tensor:
+    def _turn(self, inputs: StepInputs) -> _Turn:
+        """Work out once a step what all layers do with its positions."""
+        positions_T = inputs.positions_T
+        logn_T11 = None
+        if self.spec.logn_from is not None:
+            logn_T11 = ((positions_T + 1).log() / math.log(self.spec.logn_from)).clamp(min=1.0)[:, None, None]
+        if self.stretched is None or inputs.stretches is None:
+            return _Turn(self.cos_sin_MH, positions_T, logn_T11)
+        stretch_T = inputs.stretches.stretch_S.index_select(0, inputs.stretches.slots_T.clamp(min=0))
+        rows_T = torch.arange(len(positions_T), device=positions_T.device)
+        return _Turn(self.stretched.table(positions_T, stretch_T), rows_T, logn_T11)
+
+    def _attend(self, layer: Layer, cache: LayerCache, qkv_TO: Tensor, inputs: StepInputs, turn: _Turn) -> Tensor:
         """Write the step's keys and values and give the heads' outputs side by side, [T, N · H]."""
         spec = self.spec
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
@@ -137,8 +176,8 @@ class Decoder:
             q_TNH,
             k_TKH,
             v_TKH,
-            self.cos_sin_MH,
-            inputs.positions_T,
+            turn.cos_sin_MH,
+            turn.rows_T,
             inputs.slots_T,
             cache.k_BKSH,
             cache.v_BKSH,
@@ -147,6 +186,8 @@ class Decoder:
             spec.norm_eps,
             cache.scales,
         )
+        if turn.logn_T11 is not None:
+            q_TNH *= turn.logn_T11
         out_TNH = paged_attention(
             q_TNH,
             cache.k_BKSH,

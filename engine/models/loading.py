@@ -15,7 +15,7 @@ from engine import gemm_table
 from engine.layers.embedding import Embedding, Head
 from engine.layers.linear import ColumnLinear, RowLinear
 from engine.layers.matrix import Matrix
-from engine.layers.rope import cos_sin_table
+from engine.layers.rope import cos_sin_table, stretched_angles
 from engine.model_info import read_config
 from engine.models.decoder import Decoder, Layer
 from engine.models.spec import ModelSpec
@@ -26,9 +26,20 @@ _THREADS = 8
 """That read weights for a GPU."""
 
 
-def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group: ParallelGroup, max_positions: int) -> Decoder:
-    """Read this rank's share of the model in `path`. Raise `ModelLoadError` or `InvalidRequest` (param 'tp')."""
-    whole = ModelSpec.read(read_config(path))
+def load_decoder(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ParallelGroup,
+    max_positions: int,
+    whole: ModelSpec | None = None,
+) -> Decoder:
+    """Read this rank's share of the model in `path`. Raise `ModelLoadError` or `InvalidRequest` (param 'tp').
+
+    `whole`: what the model is where that isn't what its config.json says alone.
+    """
+    whole = whole or ModelSpec.read(read_config(path))
     spec = whole.shard(group.size)
     prepared = gemm_table.prepare(spec, ranks=group.size, dtype=dtype, device=device)
     with open_checkpoint(path, dtype=dtype, device=device, awq_group=whole.awq_group) as checkpoint:
@@ -36,7 +47,15 @@ def load_decoder(path: Path, *, dtype: torch.dtype, device: torch.device, group:
         (embedding, head), layers = _read(loader, spec.num_layers, device)
         norm_D = loader.vector("model.norm.weight", spec.hidden_size)
     table_MH = cos_sin_table(spec.rope, head_dim=spec.head_dim, positions=max_positions, device=device)
-    decoder = Decoder(spec=spec, embedding=embedding, layers=layers, norm_D=norm_D, head=head, cos_sin_MH=table_MH)
+    decoder = Decoder(
+        spec=spec,
+        embedding=embedding,
+        layers=layers,
+        norm_D=norm_D,
+        head=head,
+        cos_sin_MH=table_MH,
+        stretched=stretched_angles(spec.rope, head_dim=spec.head_dim, device=device),
+    )
     return gemm_table.with_table(decoder, prepared)
 
 

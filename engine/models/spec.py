@@ -43,7 +43,7 @@ class RopeSpec:
     """Rotary embedding: base frequency and how it is stretched. `kind` decides which of the other fields count."""
 
     theta: float = 10000.0
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -54,6 +54,16 @@ class RopeSpec:
     """Multiplies cos and sin (yarn)."""
     truncate: bool = True
     """Whether yarn rounds the bounds of its ramp to whole dimensions."""
+
+    def stretch(self, length: int) -> float:
+        """Give what the base of a sequence that may reach `length` tokens is stretched by (dynamic NTK): 1 up to the trained length.
+
+        f · L / M - (f - 1), as `_compute_dynamic_ntk_parameters` of transformers' `modeling_rope_utils.py` has it. There L is what a forward
+        pass happens to see, so that keys in the cache were turned by another base than the query; here a sequence has one from its start.
+        """
+        if self.kind != "dynamic" or length <= self.original_max_positions:
+            return 1.0
+        return self.factor * length / self.original_max_positions - (self.factor - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +88,18 @@ class ModelSpec:
     qk_norm: bool
     tied: bool
     """Whether the output head is the embedding."""
+    logn_from: int | None = None
+    """The trained length M: a query at position p (from 0) with p + 1 > M is multiplied by log(p + 1) / log(M). None: none is."""
     awq_group: int | None = None
     """Inputs that share a scale, where the checkpoint's matrices are stored in 4 bits (`engine.awq`); -1: all of them. None: they aren't."""
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Read a Hugging Face config. Raise `ModelLoadError` naming what is not supported or missing."""
+    def read(cls, config: Mapping[str, Any], *, rope_scaling_factor: float = 0.0, use_logn_attn: bool = False) -> ModelSpec:
+        """Read a Hugging Face config. Raise `ModelLoadError` naming what is not supported or missing.
+
+        From a `rope_scaling_factor` of 1 on the rope is stretched by it for each sequence that may outgrow the trained length; `InvalidRequest`
+        where the config scales it in another way. `use_logn_attn`: see `logn_from`.
+        """
         architecture, traits = _architecture(config)
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
@@ -101,13 +117,14 @@ class ModelSpec:
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=read_rope(config),
+            rope=read_rope(config) if rope_scaling_factor < 1 else _stretched(config, rope_scaling_factor),
             windows=_windows(config, traits, layers),
             qkv_bias=_flag(config, traits.qkv_bias),
             output_bias=_flag(config, traits.output_bias),
             mlp_bias=_flag(config, traits.mlp_bias),
             qk_norm=traits.qk_norm,
             tied=bool(config.get("tie_word_embeddings", False)),
+            logn_from=_trained_length(config) if use_logn_attn else None,
             awq_group=_awq_group(config),
         )
 
@@ -202,14 +219,16 @@ def read_rope(config: Mapping[str, Any]) -> RopeSpec:
         raise ModelLoadError("partial_rotary_factor is not supported by this build", param="model_path")
     if kind == "default":
         return RopeSpec(theta=theta)
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in ("linear", "llama3", "yarn", "dynamic"):
         raise ModelLoadError(
-            f"rope scaling {kind!r} is not supported; supported are default, linear, llama3, yarn", param="model_path"
+            f"rope scaling {kind!r} is not supported; supported are default, linear, llama3, yarn, dynamic", param="model_path"
         )
     factor = _factor(given, config)
     positions = int(given.get("original_max_position_embeddings") or config.get("max_position_embeddings") or 8192)
     if kind == "linear":
         return RopeSpec(theta=theta, kind="linear", factor=factor)
+    if kind == "dynamic":
+        return RopeSpec(theta=theta, kind="dynamic", factor=factor, original_max_positions=positions)
     if kind == "llama3":
         return RopeSpec(
             theta=theta,
@@ -229,6 +248,27 @@ def read_rope(config: Mapping[str, Any]) -> RopeSpec:
         attention_factor=_yarn_attention(given, factor),
         truncate=bool(given.get("truncate", True)),
     )
+
+
+def _stretched(config: Mapping[str, Any], factor: float) -> RopeSpec:
+    """Give the config's rope, stretched from sequence to sequence."""
+    rope = read_rope(config)
+    if rope.kind not in ("default", "dynamic"):
+        raise InvalidRequest(
+            f"rope_scaling_factor={factor} stretches a rope that isn't scaled, but config.json scales this one ({rope.kind!r}); leave it at 0",
+            param="rope_scaling_factor",
+        )
+    return RopeSpec(theta=rope.theta, kind="dynamic", factor=factor, original_max_positions=_trained_length(config))
+
+
+def _trained_length(config: Mapping[str, Any]) -> int:
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    length = given.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    if not isinstance(length, int) or length < 1:
+        raise ModelLoadError(
+            f"config.json has no usable 'max_position_embeddings' (found {length!r}), beyond which to scale", param="model_path"
+        )
+    return length
 
 
 def _yarn_attention(given: Mapping[str, Any], factor: float) -> float:

@@ -1,4 +1,4 @@
-"""Point 14: what this build doesn't have (rope scaling, logn, adapters, other formats) is refused by name."""
+"""Point 14: what this build doesn't have (adapters, swapping to the host, Meta's format) is refused by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from engine.options import resolve
 from headrace import InvalidRequest, PytorchEngineConfig, TurbomindEngineConfig, UnsupportedOption, pipeline
 
 REFUSED = [
-    TurbomindEngineConfig(rope_scaling_factor=1.0),
-    TurbomindEngineConfig(use_logn_attn=True),
     TurbomindEngineConfig(model_format="llama"),
     PytorchEngineConfig(adapters={"mine": "/path"}),
 ]

@@ -76,6 +76,7 @@ def run_steps(executor: LocalExecutor, **config: Any) -> None:
         ("mistral", "float16", {"sliding_window": 24}, {}),
         ("qwen3", "float32", {}, {}),
         ("qwen3", "bfloat16", {}, {"quant_policy": 8}),
+        ("llama", "bfloat16", {}, {"rope_scaling_factor": 2.0, "use_logn_attn": True}),
     ],
 )
 def test_no_step_finds_anything_left_to_compile(

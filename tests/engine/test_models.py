@@ -143,7 +143,6 @@ def test_unknown_architecture_is_refused_naming_the_supported(tiny_model_dir: Pa
     ("change", "named"),
     [
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"quantization_config": {"quant_method": "awq", "bits": 8}}, "bits=8"),
