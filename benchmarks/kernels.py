@@ -161,7 +161,7 @@ def decode_loads() -> Iterator[tuple[str, list[int]]]:
 def decode_shapes(*, int8: bool) -> Iterator[DecodeShape]:
     """Ways to cut a launch: tile, programs, least tiles of a part, warps, tiles in flight, most programs."""
     if int8:
-        for tile, programs, warps, stages in itertools.product((32, 64), (264, 528), (1, 2), (2, 3, 4)):
+        for tile, programs, warps, stages in itertools.product((32, 64), (264, 528, 1056), (1, 2), (2, 3, 4)):
             yield DecodeShape(tile, programs, 128 // tile, warps, stages)
         return
     for programs, warps, stages in itertools.product((132, 264, 396, 528), (2, 4), (2, 3, 4)):

@@ -35,13 +35,12 @@ def unpack(packed: Packed, *, group: int, dtype: torch.dtype) -> Tensor:
     """Give the weights [O, I] in `dtype`, on the device of the stored parts. Products are rounded once."""
     inputs, outputs = len(packed.qweight), packed.scales.shape[1]
     weight_OI = torch.empty((outputs, inputs), dtype=dtype, device=packed.qweight.device)
-    groups = max(1, _AT_ONCE // group)
-    for first in range(0, len(packed.scales), groups):
-        some = slice(first, first + groups)
-        scales_GO, zeros_GO = packed.scales[some].float(), _numbers(packed.qzeros[some])
-        q_GgO = _numbers(packed.qweight[first * group : (first + groups) * group]).unflatten(0, (len(scales_GO), group))
-        values_GgO = (q_GgO - zeros_GO[:, None]) * scales_GO[:, None]
-        weight_OI[:, first * group : (first + groups) * group] = values_GgO.flatten(0, 1).T
+    group_I = torch.arange(inputs, device=weight_OI.device) // group
+    for first in range(0, inputs, _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        of_I = group_I[some]
+        q_IO = _numbers(packed.qweight[some]).sub_(_numbers(packed.qzeros[of_I]))
+        weight_OI[:, some] = (q_IO * packed.scales[of_I].float()).T
     return weight_OI
 
 

@@ -67,7 +67,7 @@ def _calls(spec: ModelSpec, options: EngineOptions, device: torch.device) -> Ite
         return torch.zeros(shape, dtype=of, device=device)
 
     for window in sorted(set(spec.windows), key=str):
-        for rows in single_row_counts(device, spec.num_kv_heads):
+        for rows in single_row_counts(device, spec.num_kv_heads, 1 if options.int8_kv else dtype.itemsize):
             yield partial(_attend, spec, options, zeros, rows, 1, window)
         yield partial(_attend, spec, options, zeros, 1, 3, window)
     for flags in reversed(_FLAGS):

@@ -186,7 +186,7 @@ def _budget(
     device: torch.device,
 ) -> MemoryReport:
     one_block = kv_cache.block_bytes(decoder.spec, block_size=options.block_size, dtype=dtype, int8=options.int8_kv)
-    activations = 0 if profile is None else profile.peak_bytes + kv_cache.unpacked_bytes(decoder.spec, options, dtype=dtype)
+    activations = 0 if profile is None else profile.peak_bytes
     free = max(0, kv_cache.free_memory(device) - activations)
     if device.type == "cpu":
         free //= group.size  # the ranks share the host's memory

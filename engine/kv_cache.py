@@ -36,7 +36,7 @@ class MemoryReport:
 
     weights: int
     activations: int
-    """Measured on a GPU; 0 on a CPU, where it isn't."""
+    """On a GPU measured, and what an int8 pool's pages take when they are unpacked; 0 on a CPU, where it isn't known."""
     requests: int
     """The token ids and block tables of `max_batch_size` running requests."""
     kv_pool: int
@@ -55,7 +55,7 @@ def block_bytes(spec: ModelSpec, *, block_size: int, dtype: torch.dtype, int8: b
 
 def unpacked_bytes(spec: ModelSpec, options: EngineOptions, *, dtype: torch.dtype) -> int:
     """Bytes that a GPU needs at most to attend to prompts from an int8 pool: one layer's keys and values in `dtype`."""
-    if not options.int8_kv or options.device == "cpu":
+    if not options.int8_kv:
         return 0
     positions = max(UNPACKED_POSITIONS, options.session_len + options.block_size)
     return 2 * positions * spec.num_kv_heads * spec.head_dim * dtype.itemsize

@@ -25,7 +25,7 @@ class StepProfile(NamedTuple):
     """What steps with prompts take on a GPU, which are launched kernel by kernel."""
 
     peak_bytes: int
-    """What one of `max_prefill_token_num` tokens allocates."""
+    """What one of `max_prefill_token_num` tokens allocates, and the most that its prompts' contexts take of an int8 pool unpacked."""
     host_ms: float
     """Launching one, which takes as long for one prompt as for many."""
     token_us: float
@@ -74,6 +74,7 @@ def profile_steps(decoder: Decoder, options: EngineOptions) -> StepProfile:
         host_ms = min(_timed(decoder, small, caches)[0] for _ in range(_TIMES))
     del largest, small, cache, caches
     torch.cuda.empty_cache()
+    peak += kv_cache.unpacked_bytes(decoder.spec, options, dtype=dtype)
     return StepProfile(peak, host_ms, 1e3 * gpu_ms / budget)
 
 

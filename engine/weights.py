@@ -89,9 +89,12 @@ class Checkpoint:
         if self._drawn is not None:
             whole = self._drawn.draw(part.name, part.shape)
             return whole[part.rows] if len(part.shape) == 1 else whole[part.rows, part.columns]
-        if self._awq_group is not None and len(part.shape) == 2 and part.name not in self._files:
-            return self._unpacked(part, self._awq_group)
-        return self._stored(part)
+        if self._awq_group is None or part.name in self._files or len(part.shape) == 1:
+            return self._stored(part)
+        stem = part.name.removesuffix("weight")
+        # Where nothing of it is there, the matrix itself is what is missing.
+        is_packed = any(f"{stem}{name}" in self._files for name in awq.Packed._fields)
+        return self._unpacked(part, self._awq_group) if is_packed else self._stored(part)
 
     def _stored(self, part: Part) -> Tensor:
         file = self._files.get(part.name)
@@ -112,7 +115,10 @@ class Checkpoint:
         outputs, inputs = part.shape
         group = inputs if group == -1 else group
         if inputs % group or outputs % awq.PER_WORD:
-            raise ModelLoadError(f"{part.name!r} of {outputs} x {inputs} can't be AWQ's in groups of {group} inputs")
+            raise ModelLoadError(
+                f"{part.name!r} of {outputs} x {inputs} can't be AWQ's in groups of {group} inputs; the config is another model's",
+                param="model_path",
+            )
         (first, last, _), (low, high, _) = part.rows.indices(outputs), part.columns.indices(inputs)
         words = slice(first // awq.PER_WORD, -(-last // awq.PER_WORD))
         groups = slice(low // group, -(-high // group))

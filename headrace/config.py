@@ -253,7 +253,8 @@ class PytorchEngineConfig(_Wire):
             "'auto', 'float32', 'float16' or 'bfloat16'",
         )
         _check(self.device in ("auto", "cuda", "cpu"), "device", self.device, "'auto', 'cuda' or 'cpu'")
-        _check(self.quant_policy in (0, 8), "quant_policy", self.quant_policy, "0 or 8 (there is no 4-bit KV cache)")
+        policy = self.quant_policy
+        _check(_is_int(policy, 0) and policy in (0, 8), "quant_policy", policy, "0 or 8 (there is no 4-bit KV cache)")
         size = self.block_size
         _check(_is_int(size, 16) and size & (size - 1) == 0, "block_size", size, "a power of two of at least 16")
         fraction = self.cache_max_entry_count
@@ -301,7 +302,8 @@ class TurbomindEngineConfig(_Wire):
         count = self.cache_max_entry_count
         ok = _is_number(count) and count > 0 and (count < 1 or float(count).is_integer())
         _check(ok, "cache_max_entry_count", count, "a number between 0 and 1, or a whole number of blocks")
-        _check(self.quant_policy in (0, 4, 8), "quant_policy", self.quant_policy, "0, 4 or 8")
+        policy = self.quant_policy
+        _check(_is_int(policy, 0) and policy in (0, 4, 8), "quant_policy", policy, "0, 4 or 8")
         _check(isinstance(self.use_logn_attn, bool), "use_logn_attn", self.use_logn_attn, "true or false")
 
 

@@ -74,11 +74,6 @@ def dequantise(x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.to(torch.promote_types(dtype, torch.float32)) * scales[..., None]).to(dtype)
 
 
-def by_word(v: Tensor) -> Tensor:
-    """Lay values [..., S, H] out as an int8 cache has them: [..., S / 4, H, 4], a copy."""
-    return v.unflatten(-2, (-1, 4)).transpose(-1, -2).contiguous()
-
-
 def by_position(v: Tensor) -> Tensor:
     """Give values [..., S / 4, H, 4] of an int8 cache as [..., S, H]."""
     return v.transpose(-1, -2).flatten(-3, -2)

@@ -166,7 +166,12 @@ def _awq_group(config: Mapping[str, Any]) -> int | None:
     given = config.get("quantization_config")
     if not given:
         return None
-    method = given.get("quant_method")
+    if not isinstance(given, Mapping) or "quant_method" not in given:
+        raise ModelLoadError(
+            f"config.json has a quantization_config without 'quant_method' ({given!r}); download the model again",
+            param="model_path",
+        )
+    method = given["quant_method"]
     if method != "awq":
         raise ModelLoadError(
             f"checkpoints quantised by {method!r} are not supported, only 'awq' is; give the model's bf16 or fp16 original",
@@ -180,7 +185,7 @@ def _awq_group(config: Mapping[str, Any]) -> int | None:
                 param="model_path",
             )
     group = given.get("group_size", 128)
-    if not isinstance(group, int) or group == 0 or group < -1:
+    if not isinstance(group, int) or isinstance(group, bool) or group == 0 or group < -1:
         raise ModelLoadError(f"quantization_config has no usable 'group_size' (found {group!r})", param="model_path")
     return group
 

@@ -32,9 +32,12 @@ def _shared_memory(device: torch.device) -> int:
     return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
-def single_row_counts(device: torch.device, num_kv_heads: int) -> tuple[int, ...]:
-    """Give a count of single-token rows for each way in which their launch is cut: what compiles these compiles them all."""
-    return first_rows(num_kv_heads=num_kv_heads, num_sms=_num_sms(device))
+def single_row_counts(device: torch.device, num_kv_heads: int, itemsize: int) -> tuple[int, ...]:
+    """Give a count of single-token rows for each way in which their launch is cut: what compiles these compiles them all.
+
+    `itemsize`: bytes of a number in the cache.
+    """
+    return first_rows(num_kv_heads=num_kv_heads, num_sms=_num_sms(device), itemsize=itemsize)
 
 
 def plan_attention(metadata: AttentionMetadata, k_cache_BKSH: Tensor, windows: Iterable[int | None]) -> AttentionMetadata:
@@ -130,7 +133,9 @@ def paged_attention(
             _attend_prompts(q_TNH, k_cache_BKSH, v_cache_BKSH, metadata, out_TNH, scale, sliding_window, prompts)
     else:
         for part in metadata.unpacking or int8_cache.plan_unpacking(metadata, k_cache_BKSH.shape[2]):
-            k_BKSH, v_BKSH = int8_cache.unpack(k_cache_BKSH, v_cache_BKSH, scales, part.pages, q_TNH.dtype)
+            # Nothing here may hold a part's keys and values while the next one's are made: there is room for one.
+            unpacked = int8_cache.unpack(k_cache_BKSH, v_cache_BKSH, scales, part.pages, q_TNH.dtype)
             theirs = metadata._replace(block_tables_RP=part.tables_RP)
-            _attend_prompts(q_TNH, k_BKSH, v_BKSH, theirs, out_TNH, scale, sliding_window, part.rows)
+            _attend_prompts(q_TNH, *unpacked, theirs, out_TNH, scale, sliding_window, part.rows)
+            del unpacked
     return out_TNH

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _attend_tile(
-    b_acc, b_sum, b_max, b_qt, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_table, i_page, i_tile, i_head, context, first, K, scale,
+    b_acc, b_sum, b_max, top, b_qt, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_table, i_page, i_tile, i_head, context, first, K, scale,
     S: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2, over the positions of a tile in [first, context)."""
@@ -45,9 +45,13 @@ def _attend_tile(
     b_p = tl.exp2(b_s * scale - b_new[None, :])
     b_scale = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_scale + tl.sum(b_p, axis=0)
-    b_p *= tl.load(p_v_scales + o_slot, mask=o_p < context, other=0.0)[:, None]
-    b_acc = b_acc * b_scale[None, :] + tl.dot(b_vt, b_p.to(tl.float16))
-    return b_acc, b_sum, b_new
+    b_vs = tl.load(p_v_scales + o_slot, mask=o_p < context, other=0.0)
+    # In units of the largest scale so far, and up to 2^15: a float16 ends at 2^-24, and where one position outweighs the others what these
+    # weigh times a small scale would be lost, though their sum is not.
+    new_top = tl.maximum(top, tl.max(b_vs, axis=0))
+    b_p *= (b_vs * (32768 / new_top))[:, None]
+    b_acc = b_acc * (b_scale * (top / new_top))[None, :] + tl.dot(b_vt, b_p.to(tl.float16))
+    return b_acc, b_sum, b_new, new_top
 
 
 @quick
@@ -81,6 +85,7 @@ def _decode_int8_kernel(
     b_acc = tl.zeros([H_PAD, GROUP_PAD], dtype=tl.float32)
     b_sum = tl.zeros([GROUP_PAD], dtype=tl.float32)
     b_max = tl.full([GROUP_PAD], float("-inf"), dtype=tl.float32)
+    top = 1e-30
     first = context * 0
     if WINDOW:
         first = tl.maximum(context - window, 0)
@@ -88,12 +93,12 @@ def _decode_int8_kernel(
     for i_tile in tl.range(i_from, i_end, num_stages=STAGES):
         # The next page's number is fetched a tile early: waiting for it would leave one tile in flight instead of STAGES.
         i_next = page_of(p_table, tl.minimum(i_tile + 1, i_end - 1), S, TILE)
-        b_acc, b_sum, b_max = _attend_tile(
-            b_acc, b_sum, b_max, b_qt, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_table, i_page, i_tile, i_head, context, first, K, scale,
+        b_acc, b_sum, b_max, top = _attend_tile(
+            b_acc, b_sum, b_max, top, b_qt, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_table, i_page, i_tile, i_head, context, first, K, scale,
             S, H, H_PAD, TILE,
         )  # fmt: skip
         i_page = i_next
-    b_out = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[None, :]
+    b_out = b_acc * (top / 32768) / tl.where(b_sum > 0, b_sum, 1.0)[None, :]
     o_out = (i_row * K + i_head) * GROUP
     if num_parts == 1:
         tl.store(p_out + (o_out + o_g)[None, :] * H + o_h[:, None], b_out.to(p_out.dtype.element_ty), mask=m_hg)

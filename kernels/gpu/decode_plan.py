@@ -21,7 +21,7 @@ from kernels.gpu.quick_launch import ceil_div, power_of_2, quick
 FIELDS = 8
 """int32 of a unit: row (-1 = no work), first and end tile, the row's context, part, parts of the row, slot of its first part."""
 _BLOCK = 64
-_WAYS = (2.2, 3.2, 5.0, 7.0, 16.0)
+_WAYS, _WAYS_INT8 = (2.2, 3.2, 5.0, 7.0, 16.0), (1.2,)
 """Rows times kv heads for each multiprocessor, up to and with which launches are cut one way; another way each, and one above them all."""
 
 
@@ -51,11 +51,10 @@ def choose_shape(
     want room for one another; very many are those that GEMMs before and behind have slowed the clock for, where a third tile in flight is
     worth 1 to 2 % of the step (512 rows).
 
-    Integers (an itemsize of 1) are widened before they are multiplied: programs of one warp, which waits for nobody, and many of them. Two ways
-    are within 5 % of the best of 36 at nine of eleven loads from 1 to 512 rows (one row of 1,024 takes 8.0 us so, and 7.0 with two warps).
+    Integers (an itemsize of 1) are widened before they are multiplied: programs of one warp, which waits for nobody, and many of them.
     """
     if itemsize == 1:
-        warps, few = 1 if head_dim <= 128 else 2, rows * num_kv_heads <= 1.2 * num_sms
+        warps, few = 1 if head_dim <= 128 else 2, not bisect_left(_WAYS_INT8, rows * num_kv_heads / num_sms)
         return DecodeShape(tile=32, programs=(4 if few else 8) * num_sms, least=4, num_warps=warps, stages=3 if few else 4)
     tile = min(block_size, 64) if block_size >= 32 else 32
     if itemsize == 4 or head_dim > 128:
@@ -72,9 +71,10 @@ def choose_shape(
     return ways[bisect_left(_WAYS, rows * num_kv_heads / num_sms)]
 
 
-def first_rows(*, num_kv_heads: int, num_sms: int) -> tuple[int, ...]:
-    """Give the least row count of each way in which launches are cut."""
-    return (1, *(int(most * num_sms) // num_kv_heads + 1 for most in _WAYS))
+def first_rows(*, num_kv_heads: int, num_sms: int, itemsize: int) -> tuple[int, ...]:
+    """Give the least row count of each way in which launches over a cache of numbers of `itemsize` bytes are cut."""
+    ways = _WAYS_INT8 if itemsize == 1 else _WAYS
+    return (1, *(int(most * num_sms) // num_kv_heads + 1 for most in ways))
 
 
 class DecodePlan(NamedTuple):

@@ -104,20 +104,19 @@ def plan_unpacking(metadata: AttentionMetadata, block_size: int) -> Iterator[Unp
         return  # nor may a step that is captured ask the device for lengths
     lens = metadata.host_context_lens or tuple(metadata.context_lens_R.tolist())
     tables_RP = metadata.block_tables_RP
+    pages_R = (metadata.context_lens_R + (block_size - 1)) // block_size
+    within_P = torch.arange(tables_RP.shape[1], dtype=torch.int32, device=tables_RP.device)
     row = metadata.num_single
     while row < len(lens):
         counts = _that_fit([ceil_div(length, block_size) for length in lens[row:]], UNPACKED_POSITIONS // block_size)
-        first_R = torch.zeros(len(lens), dtype=torch.int32)
-        first_R[row : row + len(counts)] = torch.tensor([0, *counts[:-1]]).cumsum(0)
-        counts_N, first_R = (x.to(tables_RP.device, non_blocking=True) for x in (torch.tensor(counts), first_R))
-        total = sum(counts)
-        row_T = torch.repeat_interleave(
-            torch.arange(row, row + len(counts), device=tables_RP.device), counts_N, output_size=total
-        )
+        rows, total = range(row, row + len(counts)), sum(counts)
+        first_R = pages_R.cumsum(0, dtype=torch.int32) - pages_R
+        first_R -= first_R[row].clone()
+        rows_N = torch.arange(rows.start, rows.stop, device=tables_RP.device)
+        row_T = torch.repeat_interleave(rows_N, pages_R[row : rows.stop], output_size=total)
         index_T = torch.arange(total, device=tables_RP.device) - first_R[row_T]
-        within_P = torch.arange(tables_RP.shape[1], dtype=torch.int32, device=tables_RP.device)
-        yield UnpackedRows(range(row, row + len(counts)), tables_RP[row_T, index_T], first_R[:, None] + within_P)
-        row += len(counts)
+        yield UnpackedRows(rows, tables_RP[row_T, index_T], first_R[:, None] + within_P)
+        row = rows.stop
 
 
 def _that_fit(counts: Sequence[int], room: int) -> list[int]:

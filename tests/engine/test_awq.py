@@ -87,10 +87,11 @@ def test_tokens_of_transformers(model: tuple[Path, list[list[int]]]) -> None:
     assert generate(executor, [request(prompt) for prompt in PROMPTS], steps=16, block_size=64)[0] == expected
 
 
-def test_two_ranks_read_their_own_shares(tmp_path: Path) -> None:
-    """56 columns of the MLP a rank, in groups of 16: a share begins in the middle of one."""
-    path = save_tiny_model(tmp_path)
-    quantise(path, 16)
+@pytest.mark.parametrize(("group", "keep"), [(16, "lm_head embed"), (-1, "embed")])
+def test_two_ranks_read_their_own_shares(tmp_path: Path, group: int, keep: str) -> None:
+    """56 columns of the MLP a rank: a share begins in the middle of a group of 16. The second time the head is in 4 bits, too."""
+    path = save_tiny_model(tmp_path, vocab_size=408)
+    quantise(path, group, keep=keep)
     answers = []
     for tp in (1, 2):
         config = PytorchEngineConfig(device="cpu", tp=tp, max_batch_size=4, num_gpu_blocks=32)
@@ -129,6 +130,14 @@ def test_a_missing_part_is_named(copy: Path, part: str) -> None:
     del tensors[f"model.layers.1.mlp.up_proj.{part}"]
     save_file(tensors, str(copy / "model.safetensors"), metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match=rf"up_proj\.{part}"):
+        LocalExecutor(options_for(copy))
+
+
+def test_a_missing_matrix_is_named_as_itself(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, str(copy / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"no tensor 'model.embed_tokens.weight'"):
         LocalExecutor(options_for(copy))
 
 

@@ -99,7 +99,7 @@ def test_no_step_finds_anything_left_to_compile(
     missing = [key for key in needed if key not in known]
     assert missing == []
     # Decode attention of other row counts, and a plan for it.
-    assert len(known) - len(needed) <= len(single_row_counts(CPU, spec.num_kv_heads))
+    assert len(known) - len(needed) <= len(single_row_counts(CPU, spec.num_kv_heads, 1 if options.int8_kv else 2))
 
 
 def test_what_a_call_raises_is_raised_where_its_result_is_waited_for() -> None:

@@ -25,6 +25,7 @@ from engine.options import resolve
 from engine.parallel import SingleRank
 from engine.profile import _step_of
 from headrace import GenerationConfig, InvalidRequest, PytorchEngineConfig, TurbomindEngineConfig, pipeline
+from kernels.attention import UNPACKED_POSITIONS
 
 PROMPTS = [list(range(5, 75)), [9, 3, 4, 250, 7], [40] * 33, list(range(300, 316))]
 STEPS = 12
@@ -132,6 +133,16 @@ def test_it_takes_the_bytes_that_it_says(tiny_model_dir: Path) -> None:
     assert report["kv_block"] == 2 * 2 * 2 * 64 * (16 + 4)  # k and v, layers, heads, positions, a byte each and a scale
 
 
+def test_room_is_made_for_the_pages_that_a_gpu_unpacks(tiny_model_dir: Path) -> None:
+    spec = ModelSpec.read(read_config(tiny_model_dir))
+    options = options_for(tiny_model_dir, quant_policy=8)
+    position = 2 * 2 * 16 * 2  # k and v, heads, head dim, bfloat16
+    assert kv_cache.unpacked_bytes(spec, options, dtype=torch.bfloat16) == UNPACKED_POSITIONS * position
+    longer = replace(options, session_len=100_000)
+    assert kv_cache.unpacked_bytes(spec, longer, dtype=torch.bfloat16) == (100_000 + 64) * position
+    assert kv_cache.unpacked_bytes(spec, replace(options, quant_policy=0), dtype=torch.bfloat16) == 0
+
+
 @pytest.mark.parametrize("policy", [4, 8])
 def test_both_numbers_of_the_document_are_taken(tiny_model_dir: Path, policy: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
@@ -141,9 +152,10 @@ def test_both_numbers_of_the_document_are_taken(tiny_model_dir: Path, policy: in
     )
 
 
-def test_there_are_no_four_bits(tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("policy", [4, 8.0, False, "8"])
+def test_there_are_no_four_bits(tiny_model_dir: Path, policy: Any) -> None:
     with pytest.raises(InvalidRequest, match="quant_policy"):
-        PytorchEngineConfig(quant_policy=4)  # type: ignore[arg-type]  # what a caller may try
+        PytorchEngineConfig(quant_policy=policy)
     assert resolve(tiny_model_dir, PytorchEngineConfig()).quant_policy == 0
 
 

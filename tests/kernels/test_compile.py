@@ -141,7 +141,10 @@ def test_attention_elsewhere(shape: tuple[int, int, int, int], capability: int) 
 @pytest.mark.parametrize(("capability", "head_dim"), [(89, 64), (89, 80), (89, 128), (80, 128), (90, 96), (90, 128)])
 def test_the_deepest_decode_launch_fits(capability: int, head_dim: int) -> None:
     facts = {"head_dim": head_dim, "block_size": 64, "itemsize": 2, "shared_memory": SHARED_MEMORY[capability]}
-    shapes = [choose_shape(rows=rows, num_kv_heads=2, num_sms=8, **facts) for rows in first_rows(num_kv_heads=2, num_sms=8)]
+    shapes = [
+        choose_shape(rows=rows, num_kv_heads=2, num_sms=8, **facts)
+        for rows in first_rows(num_kv_heads=2, num_sms=8, itemsize=2)
+    ]
     deepest = max(shapes, key=lambda shape: shape.stages * shape.tile)
     case = attention_case([(1, 700)] * 3, heads=8, kv_heads=2, head_dim=head_dim, block_size=64, dtype=torch.bfloat16)
     with recorded() as launches:

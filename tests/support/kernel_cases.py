@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import AttentionMetadata, KVScales
-from kernels.reference import by_position, by_word, dequantise, quantise
+from kernels.reference import by_position, dequantise, quantise
 from kernels.sampling import SamplingInputs
 
 # Query heads, kv heads, head dim, block size: every value of each, not every combination (each is a compilation).
@@ -41,6 +41,11 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return difference / norm if norm else difference
 
 
+def by_word(v: Tensor) -> Tensor:
+    """Lay values [..., S, H] out as an int8 cache has them: [..., S / 4, H, 4], a copy."""
+    return v.unflatten(-2, (-1, 4)).transpose(-1, -2).contiguous()
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
     """Queries and a paged cache in which everything that may not be read is NaN."""
@@ -67,8 +72,12 @@ def attention_case(
     seed: int = 0,
     host_lens: bool = True,
     int8: bool = False,
+    sink: float | None = None,
 ) -> AttentionCase:
-    """One row for each (query length, context length), the single-token rows first, blocks in random order."""
+    """One row for each (query length, context length), the single-token rows first, blocks in random order.
+
+    `sink`: every query sees its row's first position so many nats above all others, and values are small: what the others weigh is little each.
+    """
     g = torch.Generator().manual_seed(seed)
     lens = sorted(lens, key=lambda pair: pair[0] != 1)
     num_single = sum(1 for query, _ in lens if query == 1)
@@ -102,10 +111,17 @@ def attention_case(
         tuple(contexts) if host_lens else None,
     )
     q = torch.randn(sum(queries), heads, head_dim, generator=g) * 2
+    if sink is not None:
+        direction_H = torch.nn.functional.normalize(torch.randn(head_dim, generator=g), dim=0)
+        # The others' values are alike, so that they add up.
+        k_cache, v_cache = k_cache / 10, (v_cache / 3 + 1) / 300
+        first_R = tables_RP[:, 0].long()
+        k_cache[first_R, :, 0], v_cache[first_R, :, 0] = direction_H * head_dim**0.5, torch.randn(head_dim, generator=g) / 300
+        q = (direction_H * sink).expand_as(q)
     scales = None
     if int8:
         # What may not be read: any integers, times NaN.
-        (k_cache, k_scales), (v_cache, v_scales) = (_in_integers(cache, g) for cache in (k_cache, v_cache))
+        (k_cache, k_scales), (v_cache, v_scales) = (_in_integers(cache, g, spread=sink is None) for cache in (k_cache, v_cache))
         v_cache, scales = by_word(v_cache), KVScales(k_scales.to(device), v_scales.to(device))
     return AttentionCase(
         q_TNH=q.to(device, dtype),
@@ -118,10 +134,11 @@ def attention_case(
     )
 
 
-def _in_integers(cache_BKSH: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Quantise a cache; scales differ by orders of magnitude from position to position."""
+def _in_integers(cache_BKSH: Tensor, g: torch.Generator, *, spread: bool) -> tuple[Tensor, Tensor]:
+    """Quantise a cache; `spread`: scales differ by orders of magnitude from position to position."""
     unwritten_BKS = cache_BKSH.isnan().any(-1)
-    integers, scales = quantise(cache_BKSH * 10 ** (2 * torch.rand(unwritten_BKS.shape, generator=g) - 1)[..., None])
+    factors_BKS = 10 ** (2 * torch.rand(unwritten_BKS.shape, generator=g) - 1) if spread else torch.ones(unwritten_BKS.shape)
+    integers, scales = quantise(cache_BKSH * factors_BKS[..., None])
     anything = torch.randint(-128, 128, integers.shape, generator=g, dtype=torch.int8)
     return torch.where(unwritten_BKS[..., None], anything, integers), scales.masked_fill(unwritten_BKS, math.nan)
 

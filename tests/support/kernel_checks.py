@@ -11,63 +11,28 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch
-from kernel_cases import ATTENTION_SHAPES, ATTENTION_TOLERANCE, attention_case, naive_attention, relative_error, sampling_inputs
+from attention_checks import check_decode, check_decode_shares, check_prefill, check_rotary
+from kernel_cases import ATTENTION_SHAPES, relative_error, sampling_inputs
+from kernel_check import TOLERANCE, Check, Scale, randn
 from torch import Tensor
 
 from kernels import reference, reference_all_reduce, reference_sampling
 from kernels.all_reduce import Peers
-from kernels.attention import KVScales
 from kernels.gpu import (
     all_reduce,
-    attention,
     blocks,
-    decode_attention,
-    decode_int8,
     rms_norm,
-    rotary,
     sampling,
     silu_mul,
     token_masks,
 )
-from kernels.gpu.decode_plan import DecodeShape, choose_shape, first_rows, plan_decode
 from kernels.sampling import SamplingInputs
-
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-class Check(NamedTuple):
-    """One comparison: an error that is NaN or above its bound failed."""
-
-    op: str
-    case: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound
-
-
-class Scale(NamedTuple):
-    """Where checks run and how large they may be (the interpreter needs 10 to 30 ms a program)."""
-
-    device: str
-    dtypes: tuple[torch.dtype, ...]
-    small: bool
-    shapes: Sequence[tuple[int, int, int, int]]
-    """Attention's query heads, kv heads, head dim and block size."""
-
-
-def _randn(scale: Scale, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, device=scale.device).mul_(2).to(dtype)
 
 
 def check_rms_norm(scale: Scale) -> Iterator[Check]:
@@ -75,8 +40,8 @@ def check_rms_norm(scale: Scale) -> Iterator[Check]:
         [(1, 1), (3, 100), (63, 576)] if scale.small else [(1, 1), (63, 100), (100, 576), (257, 4096), (5, 8192), (7, 16384)]
     )
     for dtype, (tokens, dim) in itertools.product(scale.dtypes, shapes):
-        wide = _randn(scale, dtype, tokens, dim + 8)
-        x, weight, residual = wide[:, :dim], _randn(scale, dtype, dim), _randn(scale, dtype, tokens, dim)
+        wide = randn(scale, dtype, tokens, dim + 8)
+        x, weight, residual = wide[:, :dim], randn(scale, dtype, dim), randn(scale, dtype, tokens, dim)
         case, bound = f"{tokens}x{dim} {dtype}", TOLERANCE[dtype]
         expected = reference.rms_norm(x.double(), weight, 1e-5)
         yield Check("rms_norm", case, relative_error(rms_norm.rms_norm(x, weight, 1e-5), expected), bound)
@@ -91,9 +56,9 @@ def check_all_reduce(scale: Scale) -> Iterator[Check]:
     shapes = [(1, 64), (3, 100)] if scale.small else [(1, 64), (63, 100), (257, 4096), (300, 8192)]
     for dtype, size, (rows, dim) in itertools.product(scale.dtypes, (2, 4), shapes):
         case, bound = f"{size} ranks {rows}x{dim} {dtype}", TOLERANCE[dtype]
-        parts = tuple(_randn(scale, dtype, rows * dim + 8) for _ in range(size))
+        parts = tuple(randn(scale, dtype, rows * dim + 8) for _ in range(size))
         before = [part.clone() for part in parts]
-        weight, residual = _randn(scale, dtype, dim), _randn(scale, dtype, rows, dim)
+        weight, residual = randn(scale, dtype, dim), randn(scale, dtype, rows, dim)
         total = reference_all_reduce.one_shot(parts, rows, dim)
         sums, gathered = all_reduce.one_shot(Peers(0, parts), rows, dim), reference_all_reduce.gather_columns(parts, rows, dim)
         yield Check("one_shot", case, relative_error(sums, total), 0.0)
@@ -127,8 +92,8 @@ def check_all_reduce(scale: Scale) -> Iterator[Check]:
 
 def _shares(scale: Scale, size: int, rows: int, dim: int, dtype: torch.dtype) -> Iterator[Check]:
     share = -(-rows // size)
-    parts = _randn(scale, dtype, size, size * share, dim)
-    weight, residual = _randn(scale, dtype, dim), _randn(scale, dtype, size * share, dim)
+    parts = randn(scale, dtype, size, size * share, dim)
+    weight, residual = randn(scale, dtype, dim), randn(scale, dtype, size * share, dim)
     got = [torch.full((rows * dim + 8,), torch.nan, dtype=dtype, device=scale.device) for _ in range(size)]
     total, want = residual[:rows].clone(), [part.clone() for part in got]
     for rank in range(size):
@@ -152,57 +117,14 @@ def _shares(scale: Scale, size: int, rows: int, dim: int, dtype: torch.dtype) ->
 def check_silu_mul(scale: Scale) -> Iterator[Check]:
     shapes = [(1, 1), (3, 100), (2, 1536)] if scale.small else [(1, 1), (63, 100), (100, 1536), (257, 14336)]
     for dtype, (tokens, dim) in itertools.product(scale.dtypes, shapes):
-        x = _randn(scale, dtype, tokens, 2 * dim)
+        x = randn(scale, dtype, tokens, 2 * dim)
         error = relative_error(silu_mul.silu_mul(x), reference.silu_mul(x.double()))
         yield Check("silu_mul", f"{tokens}x{dim} {dtype}", error, TOLERANCE[dtype])
 
 
-def check_rotary(scale: Scale) -> Iterator[Check]:
-    heads = [(1, 1, 64, 64), (9, 3, 96, 96), (4, 2, 128, 32)]
-    if not scale.small:
-        heads += [(32, 8, 128, 128), (16, 1, 256, 256), (14, 2, 64, 64)]
-    tokens = 3 if scale.small else 100
-    for dtype, shape, norm, int8 in itertools.product(scale.dtypes, heads, (False, True), (False, True)):
-        num, kv, dim, rotary_dim = shape
-        qkv = _randn(scale, dtype, tokens, num + 2 * kv, dim)
-        q, k, v = qkv.split([num, kv, kv], dim=1)
-        v[0, 0] = 0
-        angles = torch.rand(50, rotary_dim // 2, device=scale.device) * 6
-        cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
-        positions = torch.randint(0, 50, (tokens,), device=scale.device)
-        slots = torch.randperm(tokens * 2, device=scale.device)[:tokens]
-        slots[1] = -1
-        norms = (_randn(scale, dtype, dim), _randn(scale, dtype, dim)) if norm else (None, None)
-        got = torch.full((2, tokens // 8 * 2 + 2, kv, 8, dim), torch.nan, dtype=dtype, device=scale.device)
-        want = got.double()
-        scales = KVScales(*torch.full(got.shape[:-1], torch.nan, device=scale.device)) if int8 else None
-        got = torch.full_like(got, 99, dtype=torch.int8) if int8 else got
-        caches = (got[0], reference.by_word(got[1]) if int8 else got[1])
-        out = rotary.rotary_kv_write(q, k, v, cos_sin, positions, slots, *caches, *norms, 1e-6, scales)
-        expected = reference.rotary_kv_write(q.double(), k.double(), v.double(), cos_sin, positions, slots, *want, *norms, 1e-6)
-        case = f"{num}/{kv} heads of {dim}, {rotary_dim} rotated, norm={norm} {dtype}{' int8' if int8 else ''}"
-        yield Check("rotary q", case, relative_error(out, expected), TOLERANCE[dtype])
-        bound = TOLERANCE[dtype]
-        if scales is not None:
-            got = torch.stack([caches[0], reference.by_position(caches[1])])
-            untouched = torch.stack(scales).isnan()[..., None].expand_as(got)
-            yield Check("rotary kv", case + " elsewhere", float((got[untouched] != 99).any()), 0.0)
-            largest = want.abs().amax(-1) / 127
-            yield Check(
-                "rotary kv", case + " scales", relative_error(torch.stack(scales).nan_to_num(0), largest.nan_to_num(0)), bound
-            )
-            # Half a step of the largest, and what computing in float32 may shift.
-            steps = ((reference.dequantise(got, torch.stack(scales), torch.float64) - want) / largest[..., None]).nan_to_num(0)
-            yield Check("rotary kv", case + " steps", float(steps.abs().max()), 0.5 + 127 * bound)
-            got = reference.dequantise(got, torch.stack(scales), torch.float64)
-        untouched = float((got.isnan() != want.isnan()).any())
-        error = relative_error(got.nan_to_num(0), want.nan_to_num(0)) + untouched
-        yield Check("rotary kv", case, error, 2e-2 if int8 else bound)
-
-
 def check_blocks(scale: Scale) -> Iterator[Check]:
     for dtype in scale.dtypes:
-        caches = [_randn(scale, dtype, 9, 3, 16, 24), _randn(scale, dtype, 9, 2, 64, 128)]
+        caches = [randn(scale, dtype, 9, 3, 16, 24), randn(scale, dtype, 9, 2, 64, 128)]
         before = [cache.clone() for cache in caches]
         blocks.copy_blocks(caches, torch.tensor([(1, 5), (1, 6), (8, 0)], device=scale.device))
         order = [8, 1, 2, 3, 4, 1, 1, 7, 8]
@@ -225,90 +147,6 @@ def check_blocks(scale: Scale) -> Iterator[Check]:
                 for order, want in zip(([4, 0, 2], [1, 3]), wants, strict=True)
             )
             yield Check("swap_blocks", f"{name} {dtype}", error, 0.0)
-
-
-def _attention_error(scale: Scale, lens: list[tuple[int, int]], **options: object) -> float:
-    case = attention_case(lens, device=scale.device, **options)
-    arguments = (case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata, case.scale, case.sliding_window, case.scales)
-    return relative_error(attention.paged_attention(*arguments), naive_attention(case))
-
-
-def _attention_bound(dtype: torch.dtype, *, int8: bool) -> float:
-    """Products with integers are made in float16."""
-    return max(ATTENTION_TOLERANCE[dtype], ATTENTION_TOLERANCE[torch.float16]) if int8 else ATTENTION_TOLERANCE[dtype]
-
-
-def check_decode(scale: Scale) -> Iterator[Check]:
-    lens = [(1, n) for n in ((0, 1, 63, 100, 64) if scale.small else (0, 1, 63, 64, 65, 100, 777, 2048, 1500, 16))]
-    shapes = [(4, 4, 64, 16), (6, 2, 96, 64)] if scale.small else scale.shapes
-    for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
-        for window in (None, 50) if head_dim != 96 or not scale.small else (None,):
-            options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
-            # Many rows without a window and few with one.
-            more = [(1, 1 + 7 * n % 200) for n in range(300)] if window is None and not scale.small else []
-            for int8 in (False, True):
-                error = _attention_error(scale, lens + more, sliding_window=window, int8=int8, **options)
-                case = f"{heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}{' int8' if int8 else ''}"
-                yield Check("decode_attention", case, error, _attention_bound(dtype, int8=int8))
-
-
-def _decode_shapes(scale: Scale, dtype: torch.dtype) -> Iterator[DecodeShape]:
-    """Every way to cut a launch that is ever chosen, and rows cut not at all, in a few parts, and as small as allowed, with little room."""
-    kinds = {"num_kv_heads": 2, "num_sms": 8 if scale.small else 132}
-    facts = {"head_dim": 64, "block_size": 64, "shared_memory": 1 << 18}
-    sizes = (dtype.itemsize, torch.int8.itemsize)
-    yield from {choose_shape(rows=rows, itemsize=size, **facts, **kinds) for rows in first_rows(**kinds) for size in sizes}
-    cuts = (
-        ((1, 1, None), (6, 1, 8), (30, 4, None))
-        if scale.small
-        else itertools.product((1, 8, 40, 264, 2000), (1, 4), (None, 170))
-    )
-    for programs, least, most in cuts:
-        yield DecodeShape(tile=64, programs=programs, least=least, num_warps=4, stages=3, most=most)
-
-
-def check_decode_shares(scale: Scale) -> Iterator[Check]:
-    """The same rows however they are cut."""
-    for dtype in scale.dtypes:
-        windows = (300,) if scale.small else (None, 300)
-        for shape, window in itertools.product(list(_decode_shapes(scale, dtype)), windows):
-            yield from _check_shape(scale, dtype, shape, window)
-            # Many ways to cut one kind of cache are enough: those of integers differ in nothing but the tiles that are chosen.
-            if shape.tile == 32 or shape.programs == 40 or scale.small:
-                yield from _check_shape(scale, dtype, shape, window, int8=True)
-
-
-def _check_shape(
-    scale: Scale, dtype: torch.dtype, shape: DecodeShape, window: int | None, *, int8: bool = False
-) -> Iterator[Check]:
-    lens = [(1, n) for n in ((0, 257, 0, 600) if scale.small else (0, 5, 256, 0, 257, 600, 1100, 5000, 0, *range(1, 70)))]
-    sizes = {"heads": 6, "kv_heads": 2, "block_size": 64, "sliding_window": window}
-    case = attention_case(lens, dtype=dtype, device=scale.device, int8=int8, **sizes)
-    plan = plan_decode(case.metadata.context_lens_R, num_kv_heads=2, sliding_window=window, shape=shape)
-    expected = naive_attention(case)
-    attend = decode_attention.decode_attention
-    if case.scales is not None:
-        attend = partial(decode_int8.decode_int8, scales=case.scales)
-    # Twice by one plan, as two layers of a step: the first must leave the plan as it found it.
-    for _ in range(2):
-        out = torch.full_like(case.q_TNH, torch.nan)
-        caches = (case.k_cache_BKSH, case.v_cache_BKSH)
-        attend(case.q_TNH, *caches, case.metadata.block_tables_RP, plan, out, scale=case.scale)
-        name = f"{shape}, window={window} {dtype}{' int8' if int8 else ''}"
-        yield Check("decode_attention", name, relative_error(out, expected), _attention_bound(dtype, int8=int8))
-
-
-def check_prefill(scale: Scale) -> Iterator[Check]:
-    lens = [(5, 5), (67, 90)] if scale.small else [(63, 63), (100, 100), (5, 1000), (2, 2), (300, 812), (1000, 1000)]
-    lens += [(1, 33), (1, 1)]
-    shapes = [(4, 2, 64, 16), (2, 2, 96, 64)] if scale.small else scale.shapes
-    for dtype, (heads, kv_heads, head_dim, size) in itertools.product(scale.dtypes, shapes):
-        for window in (None, 40):
-            options = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "block_size": size, "dtype": dtype}
-            for int8 in (False, True):
-                error = _attention_error(scale, lens, sliding_window=window, int8=int8, **options)
-                case = f"mixed rows, {heads}/{kv_heads} heads of {head_dim}, blocks of {size}, window={window} {dtype}{' int8' if int8 else ''}"
-                yield Check("prefill_attention", case, error, _attention_bound(dtype, int8=int8))
 
 
 def draw_distance(logits_RV: Tensor, tokens_R: Tensor, inputs: SamplingInputs) -> float:
