@@ -115,6 +115,7 @@ class GenerationConfig(_Wire):
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` (a ValueError) naming the first that is wrong."""
+        self.take_plain_numbers()
         put = object.__setattr__
         for name in ("stop_words", "bad_words"):
             put(self, name, _words(name, getattr(self, name)))
@@ -243,6 +244,7 @@ class PytorchEngineConfig(_Wire):
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""
+        self.take_plain_numbers()
         object.__setattr__(self, "model_name", self.model_name or None)
         _check_engine_fields(self)
         _check(self.eviction_type in ("recompute", "copy"), "eviction_type", self.eviction_type, "'recompute' or 'copy'")
@@ -294,6 +296,7 @@ class TurbomindEngineConfig(_Wire):
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""
+        self.take_plain_numbers()
         object.__setattr__(self, "model_name", self.model_name or None)
         _check_engine_fields(self)
         _check(

@@ -36,6 +36,12 @@ def is_number(value: object, low: float = -sys.float_info.max, high: float = sys
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
+def plain(value: object) -> object:
+    """Give numpy's and torch's numbers and arrays as Python's; anything else as it is."""
+    tolist = getattr(value, "tolist", None)
+    return tolist() if callable(tolist) else value
+
+
 def words(name: str, value: object) -> tuple[str, ...]:
     """Accept None, one word or a sequence of words, because users write all three; give a tuple."""
     if value is None:
@@ -57,7 +63,8 @@ def ids(name: str, value: object) -> tuple[int, ...]:
     """Accept None, one token id or a sequence of them; give a tuple."""
     if value is None:
         return ()
-    tokens = (value,) if is_int(value) else value
+    value = plain(value)
+    tokens = (value,) if is_int(value) else [plain(one) for one in value] if isinstance(value, list | tuple) else value
     check(isinstance(tokens, list | tuple) and all(is_int(i, 0, MOST) for i in tokens), name, value, "a list of token ids")
     return tuple(tokens)  # type: ignore[arg-type]  # checked on the line above
 
@@ -68,6 +75,13 @@ class Wire:
     __slots__ = ()
     # pydantic reads this where it validates the same dataclass at the HTTP rim; the docstrings become OpenAPI descriptions.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    def take_plain_numbers(self) -> None:
+        """Turn what numpy or torch made of a field into Python's: sizes are often computed, and none of theirs travels as JSON."""
+        for spec in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, spec.name)
+            if (taken := plain(value)) is not value:
+                object.__setattr__(self, spec.name, taken)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready fields that differ from their defaults."""
