@@ -36,7 +36,7 @@ FLUSH_S = 1.0
 LEASE_S = 5.0
 """How long a job that was killed keeps the next one from the chunks it held."""
 FOREVER = "36500d"
-TEXT_FIELDS = ("model_name", "session_len", "adapters", "dtype")
+TEXT_FIELDS = ("model_name", "session_len", "adapters", "quant_policy", "rope_scaling_factor", "use_logn_attn", "dtype")
 """The engine's fields that can change an answer; the others may differ when a job is resumed (a smaller pool, another device)."""
 
 

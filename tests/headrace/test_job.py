@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,9 +19,9 @@ import pytest
 from servers import wait_until
 
 from headrace.completion import Choice, Completion, CompletionError, TokenUsage
-from headrace.config import GenerationConfig, Prompt, PytorchEngineConfig
+from headrace.config import GenerationConfig, Prompt, PytorchEngineConfig, TurbomindEngineConfig
 from headrace.errors import Conflict, EngineError, InvalidRequest
-from headrace.job import Failures, JobEngine, JobProgress, JobResult, JobSpec, run_job
+from headrace.job import TEXT_FIELDS, Failures, JobEngine, JobProgress, JobResult, JobSpec, run_job
 from headrace.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,8 @@ def test_several_choices_are_all_there(tmp_path: Path) -> None:
         ({"model": "other"}, "model"),
         ({"gen_config": GenerationConfig(max_new_tokens=7)}, "gen_config"),
         ({"engine_config": PytorchEngineConfig(session_len=99)}, "engine_config"),
+        ({"engine_config": PytorchEngineConfig(quant_policy=8)}, "engine_config"),
+        ({"engine_config": PytorchEngineConfig(rope_scaling_factor=2.0)}, "engine_config"),
     ],
 )
 def test_another_job_for_the_same_output_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -215,6 +218,22 @@ def test_a_changed_input_is_refused_unless_restarted(tmp_path: Path) -> None:
 def test_what_cannot_change_an_answer_may_change(tmp_path: Path) -> None:
     run(spec_of(tmp_path, 10))
     run_job(spec_of(tmp_path, engine_config=PytorchEngineConfig(max_batch_size=4)), never)
+
+
+def test_every_field_of_an_engine_is_known_to_change_answers_or_not() -> None:
+    """A new one that nobody thought of here would let a job be resumed with other answers."""
+    harmless = {"tp", "max_batch_size", "eviction_type", "prefill_interval", "block_size", "num_cpu_blocks", "num_gpu_blocks"}
+    harmless |= {
+        "max_prefill_token_num",
+        "cache_max_entry_count",
+        "enable_prefix_caching",
+        "device",
+        "eager_mode",
+        "model_format",
+    }
+    for kind in (PytorchEngineConfig, TurbomindEngineConfig):
+        assert {field.name for field in dataclasses.fields(kind)} <= harmless | set(TEXT_FIELDS)
+    assert not harmless & set(TEXT_FIELDS)
 
 
 def test_two_processes_do_not_share_an_output(tmp_path: Path) -> None:
