@@ -92,7 +92,7 @@ PYTORCH = {
     "cache_max_entry_count": Note("above 0, below 1", ABSENT, "before activations, by formula"),
     "enable_prefix_caching": Note("True or False", ABSENT, "default False"),
     "quant_policy": Note("0 or 8", ABSENT, "4: 4-bit, 8: 8-bit, and formats of 8 bits with a point"),
-    "rope_scaling_factor": Note("below 1: off; from 1 any", "from 1: dynamic NTK, fixed for each sequence", SAME),
+    "rope_scaling_factor": Note("below 1: off; from 1 to 1024", "from 1: dynamic NTK, fixed for each sequence", SAME),
     "use_logn_attn": Note("True or False", "scaled the queries beyond the trained length", SAME),
     "dtype": Note("one of these", ABSENT, SAME),
     "device": Note("one of these", ABSENT, "`device_type`"),

@@ -7,7 +7,7 @@ Blocks are numbers here; no KV is touched and no request is known. A block is in
                prefix, or evicted, least recently used first
     blank      references == 0 and nothing worth keeping: taken before any idle block is evicted
 
-The key of a full block is the SHA-256 of its parent's key and its own token ids. Equal keys mean equal tokens from
+The key of a full block is the SHA-256 of its parent's key and its own token ids. Equal keys mean equal tokens, turned alike, from
 position 0 on, so a hit needs no comparison of contents; a weaker hash could hand one prompt the KV of another.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
 ROOT_KEY = b"headrace"
-"""Parent of every first block."""
+"""Parent of every first block; of a sequence whose rope is stretched, with the stretch behind it (`SequenceState`)."""
 
 
 def prefix_key(parent: bytes, token_ids: Sequence[int]) -> bytes:

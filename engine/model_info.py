@@ -129,9 +129,10 @@ def _max_length(config: Mapping[str, Any]) -> int:
     said = next((int(config[name]) for name in _LENGTH_FIELDS if config.get(name)), _DEFAULT_LENGTH)
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     trained, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if (scaling.get("rope_type") or scaling.get("type")) == "dynamic" and factor:
-        trained = trained or said
-    return max(said, int(trained * factor)) if trained and factor else said
+    if (scaling.get("rope_type") or scaling.get("type")) == "dynamic":
+        trained = said  # as transformers takes it, whatever else the config says
+    # What isn't a number is refused by name where the rope is read.
+    return max(said, int(trained * factor)) if trained and isinstance(factor, int | float) and factor > 1 else said
 
 
 def _whole(config: Mapping[str, Any], name: str, path: Path) -> int:

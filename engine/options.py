@@ -168,13 +168,26 @@ def _refuse_unsupported(config: PytorchEngineConfig) -> None:
 
 
 def _session_len(wanted: int | None, info: ModelInfo, spec: ModelSpec) -> int:
-    if wanted is not None and wanted > info.max_length and spec.rope.kind != "dynamic":
+    rope, longest = spec.rope, info.max_length
+    if rope.kind == "dynamic":
+        longest = max(longest, int(rope.original_max_positions * rope.factor))
+    elif wanted is not None and wanted > longest:
+        hint = "; rope_scaling_factor goes beyond them" if rope.kind == "default" else ""
         raise InvalidRequest(
-            f"session_len={wanted} is more than the {info.max_length} positions of {info.architecture} in {info.path}; "
-            "rope_scaling_factor goes beyond them",
+            f"session_len={wanted} is more than the {longest} positions of {info.architecture} in {info.path}{hint}",
             param="session_len",
         )
-    return wanted or info.max_length
+    session_len = wanted or longest
+    trained = spec.logn_from or (rope.original_max_positions if rope.kind == "dynamic" else None)
+    if trained is not None and session_len <= trained:
+        log.warning(
+            "no sequence of session_len=%d outgrows the %d positions that the model was trained with: neither rope_scaling_factor nor "
+            "use_logn_attn changes anything; raise session_len",
+            session_len,
+            trained,
+            extra={"event": "scaling_unused", "session_len": session_len, "trained": trained},
+        )
+    return session_len
 
 
 def _device(config: PytorchEngineConfig) -> DeviceName:

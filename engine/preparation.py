@@ -122,7 +122,7 @@ class Preparer:
                 stop_ids=stops.stop_ids,
                 bad_sequences=bad_sequences,
                 stream=is_streamed or bool(stops.words),
-                rope_stretch=self.rope.stretch(min(len(ids) + max_new_tokens, self.session_len)),
+                rope_stretch=self.rope.stretch(len(ids) + max_new_tokens - isinstance(prompt, TokenIds)),
                 family=str(handle) if config.n > 1 else None,
             )
             for choice in range(config.n)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from engine import kv_cache
-from engine.models.decoder import Decoder, LayerCache, StepInputs
+from engine.models.decoder import Decoder, LayerCache, StepInputs, Stretches
 from engine.options import EngineOptions
 from engine.scorer import LEAST_AT_ONCE
 from kernels.attention import AttentionMetadata
@@ -126,4 +126,5 @@ def _step_of(budget: int, options: EngineOptions, *, device: torch.device) -> St
         slots_T=positions_T.to(device),
         attention=attention,
         sampled_R=torch.arange(min(budget, max(options.max_batch_size, LEAST_AT_ONCE)), device=device),
+        stretches=Stretches(torch.ones(1, device=device), torch.zeros(budget, dtype=torch.int64, device=device)),
     )

@@ -227,9 +227,9 @@ class PytorchEngineConfig(_Wire):
     quant_policy: Literal[0, 8] = 0
     """KV cache: 0 in the weights' type, 8 as 8-bit integers, one scale for each token's key and value of each head."""
     rope_scaling_factor: float = 0.0
-    """From 1 on: stretch the rope of a sequence that may reach more tokens than the model was trained with (dynamic NTK); below: off."""
+    """From 1 on: stretch the rope of a sequence that may reach more tokens than the model was trained with (dynamic NTK), and let a session be so much longer; below: off."""
     use_logn_attn: bool = False
-    """Scale queries beyond the trained length by the logarithm of their position."""
+    """Scale queries beyond the trained length by the logarithm of their position; `rope_scaling_factor` lets sessions get there."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Weights, and the KV cache unless `quant_policy` says otherwise; 'auto': the checkpoint's on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -290,9 +290,9 @@ class TurbomindEngineConfig(_Wire):
     quant_policy: int = 0
     """KV cache: 0 in the weights' type; 4 (the document's number) or 8 as 8-bit integers."""
     rope_scaling_factor: float = 0.0
-    """From 1 on: stretch the rope of a sequence that may reach more tokens than the model was trained with (dynamic NTK); below: off."""
+    """From 1 on: stretch the rope of a sequence that may reach more tokens than the model was trained with (dynamic NTK), and let a session be so much longer; below: off."""
     use_logn_attn: bool = False
-    """Scale queries beyond the trained length by the logarithm of their position."""
+    """Scale queries beyond the trained length by the logarithm of their position; `rope_scaling_factor` lets sessions get there."""
 
     def __post_init__(self) -> None:
         """Check every field; raise `InvalidRequest` naming the first that is wrong."""
@@ -311,7 +311,8 @@ class TurbomindEngineConfig(_Wire):
 
 
 def _check_engine_fields(config: PytorchEngineConfig | TurbomindEngineConfig) -> None:
-    _check(_is_number(config.rope_scaling_factor, 0), "rope_scaling_factor", config.rope_scaling_factor, "a number from 0")
+    factor = config.rope_scaling_factor
+    _check(_is_number(factor, 0, 1024), "rope_scaling_factor", factor, "a number from 0 to 1024")
     _check(config.model_name is None or isinstance(config.model_name, str), "model_name", config.model_name, "None or a string")
     _check(_is_int(config.tp, 1), "tp", config.tp, "a whole number from 1")
     _check(

@@ -51,7 +51,7 @@ class Stretches(NamedTuple):
     stretch_S: Tensor
     """float32, by slot of the state table."""
     slots_T: Tensor
-    """int64: each token's slot; -1: a padding row."""
+    """int64: each token's slot; any of them for a padding row."""
 
 
 class StepInputs(NamedTuple):
@@ -66,7 +66,7 @@ class StepInputs(NamedTuple):
     sampled_R: Tensor | None
     """int64: the tokens whose hidden state reaches the head; None: all of them, in order."""
     stretches: Stretches | None = None
-    """None: every sequence's rope is the model's."""
+    """Given where the model's rope is stretched from sequence to sequence."""
 
 
 class _Turn(NamedTuple):
@@ -160,9 +160,10 @@ class Decoder:
         logn_T11 = None
         if self.spec.logn_from is not None:
             logn_T11 = ((positions_T + 1).log() / math.log(self.spec.logn_from)).clamp(min=1.0)[:, None, None]
-        if self.stretched is None or inputs.stretches is None:
+        if self.stretched is None:
             return _Turn(self.cos_sin_MH, positions_T, logn_T11)
-        stretch_T = inputs.stretches.stretch_S.index_select(0, inputs.stretches.slots_T.clamp(min=0))
+        assert inputs.stretches is not None, "a step of stretched ropes that doesn't say whose"
+        stretch_T = inputs.stretches.stretch_S.index_select(0, inputs.stretches.slots_T)
         rows_T = torch.arange(len(positions_T), device=positions_T.device)
         return _Turn(self.stretched.table(positions_T, stretch_T), rows_T, logn_T11)
 

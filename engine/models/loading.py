@@ -46,7 +46,10 @@ def load_decoder(
         loader = _Loader(whole, checkpoint, group)
         (embedding, head), layers = _read(loader, spec.num_layers, device)
         norm_D = loader.vector("model.norm.weight", spec.hidden_size)
-    table_MH = cos_sin_table(spec.rope, head_dim=spec.head_dim, positions=max_positions, device=device)
+    stretched = stretched_angles(spec.rope, head_dim=spec.head_dim, device=device)
+    # Where each sequence has its own no step reads the table.
+    positions = max_positions if stretched is None else 1
+    table_MH = cos_sin_table(spec.rope, head_dim=spec.head_dim, positions=positions, device=device)
     decoder = Decoder(
         spec=spec,
         embedding=embedding,
@@ -54,7 +57,7 @@ def load_decoder(
         norm_D=norm_D,
         head=head,
         cos_sin_MH=table_MH,
-        stretched=stretched_angles(spec.rope, head_dim=spec.head_dim, device=device),
+        stretched=stretched,
     )
     return gemm_table.with_table(decoder, prepared)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from headrace.errors import InvalidRequest, ModelLoadError
+from headrace.validation import is_number
 
 
 class Traits(NamedTuple):
@@ -233,7 +234,7 @@ def read_rope(config: Mapping[str, Any]) -> RopeSpec:
     if kind == "linear":
         return RopeSpec(theta=theta, kind="linear", factor=factor)
     if kind == "dynamic":
-        return RopeSpec(theta=theta, kind="dynamic", factor=factor, original_max_positions=positions)
+        return RopeSpec(theta=theta, kind="dynamic", factor=factor, original_max_positions=_trained_length(config))
     if kind == "llama3":
         return RopeSpec(
             theta=theta,
@@ -267,11 +268,13 @@ def _stretched(config: Mapping[str, Any], factor: float) -> RopeSpec:
 
 
 def _trained_length(config: Mapping[str, Any]) -> int:
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    length = given.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    """Give the positions that the model was trained with, beyond which ropes are stretched and queries scaled."""
+    length = config.get("max_position_embeddings")
     if not isinstance(length, int) or length < 1:
         raise ModelLoadError(
-            f"config.json has no usable 'max_position_embeddings' (found {length!r}), beyond which to scale", param="model_path"
+            f"config.json has no usable 'max_position_embeddings' (found {length!r}): it says beyond what dynamic ropes and logn attention "
+            "scale; leave rope_scaling_factor and use_logn_attn off",
+            param="model_path",
         )
     return length
 
@@ -297,5 +300,7 @@ def _factor(given: Mapping[str, Any], config: Mapping[str, Any]) -> float:
         config.get("max_position_embeddings"),
     )
     if said is not None:
+        if not is_number(said) or said <= 0:
+            raise ModelLoadError(f"config.json has no usable rope scaling 'factor' (found {said!r})", param="model_path")
         return float(said)
     return float(now) / float(before) if now and before else 1.0

@@ -45,7 +45,7 @@ def _attend_tile(
     b_p = tl.exp2(b_s * scale - b_new[None, :])
     b_scale = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_scale + tl.sum(b_p, axis=0)
-    b_vs = tl.load(p_v_scales + o_slot, mask=o_p < context, other=0.0)
+    b_vs = tl.load(p_v_scales + o_slot, mask=(o_p < context) & (o_p >= first), other=0.0)
     # In units of the largest scale so far, and up to 2^15: a float16 ends at 2^-24, and where one position outweighs the others what these
     # weigh times a small scale would be lost, though their sum is not.
     new_top = tl.maximum(top, tl.max(b_vs, axis=0))

@@ -105,13 +105,13 @@ def plan_unpacking(metadata: AttentionMetadata, block_size: int) -> Iterator[Unp
     lens = metadata.host_context_lens or tuple(metadata.context_lens_R.tolist())
     tables_RP = metadata.block_tables_RP
     pages_R = (metadata.context_lens_R + (block_size - 1)) // block_size
+    before_R = pages_R.cumsum(0, dtype=torch.int32) - pages_R
     within_P = torch.arange(tables_RP.shape[1], dtype=torch.int32, device=tables_RP.device)
     row = metadata.num_single
     while row < len(lens):
         counts = _that_fit([ceil_div(length, block_size) for length in lens[row:]], UNPACKED_POSITIONS // block_size)
         rows, total = range(row, row + len(counts)), sum(counts)
-        first_R = pages_R.cumsum(0, dtype=torch.int32) - pages_R
-        first_R -= first_R[row].clone()
+        first_R = before_R - before_R[row]
         rows_N = torch.arange(rows.start, rows.stop, device=tables_RP.device)
         row_T = torch.repeat_interleave(rows_N, pages_R[row : rows.stop], output_size=total)
         index_T = torch.arange(total, device=tables_RP.device) - first_R[row_T]

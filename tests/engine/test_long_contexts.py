@@ -22,12 +22,13 @@ from engine.models.loading import load_decoder
 from engine.models.spec import ModelSpec, RopeSpec
 from engine.options import resolve
 from engine.parallel import SingleRank
-from engine.preparation import Preparer, TokenIds
+from engine.preparation import Preparer
 from engine.profile import _step_of
 from engine.request import TokenRequest
 from engine.templates import choose_template
 from engine.tokenizer import Tokenizer
 from headrace import GenerationConfig, InvalidRequest, PytorchEngineConfig, TurbomindEngineConfig, pipeline
+from headrace.errors import ModelLoadError
 
 TRAINED, THETA, HEAD_DIM = 64, 10000.0, 16
 IDS = [(7 * place + 3) % 290 + 5 for place in range(200)]
@@ -101,13 +102,16 @@ def test_the_frontend_says_how_far_a_request_may_reach(path: Path) -> None:
     rope = RopeSpec(kind="dynamic", factor=2.0, original_max_positions=TRAINED)
     preparer = Preparer(tokenizer, template, ModelInfo.read(path), 200, rope)
 
-    def stretch(**config: Any) -> float:
+    def prepared(**config: Any) -> TokenRequest:
         how: dict[str, Any] = {"handle": 1, "do_preprocess": False, "is_streamed": False, "seed_key": None}
-        return preparer.prepare(TokenIds(tuple(IDS[:40])), GenerationConfig(**config), **how).requests[0].rope_stretch
+        return preparer.prepare("the mill wheel turns while the water runs", GenerationConfig(**config), **how).requests[0]
 
-    assert stretch(max_new_tokens=24) == 1.0
-    assert stretch(max_new_tokens=56) == 2.0 * 96 / 64 - 1
-    assert stretch(max_new_tokens=1000) == stretch(max_new_tokens=None) == 2.0 * 200 / 64 - 1
+    length = len(prepared().prompt_ids)
+    assert 1 < length < TRAINED
+    assert prepared(max_new_tokens=TRAINED - length).rope_stretch == 1.0
+    assert prepared(max_new_tokens=96 - length).rope_stretch == 2.0 * 96 / 64 - 1
+    farthest = 2.0 * 200 / 64 - 1
+    assert prepared(max_new_tokens=1000).rope_stretch == prepared(max_new_tokens=None).rope_stretch == farthest
 
 
 @pytest.mark.parametrize("factor", [0.0, 2.0])
@@ -162,12 +166,47 @@ def test_how_long_a_session_may_be(path: Path, tmp_path: Path) -> None:
     config = TurbomindEngineConfig(session_len=500, rope_scaling_factor=2.0, use_logn_attn=True)
     options = resolve(path, config)
     assert (options.session_len, options.rope_scaling_factor, options.use_logn_attn) == (500, 2.0, True)
-    assert resolve(path, PytorchEngineConfig(device="cpu", rope_scaling_factor=2.0)).session_len == TRAINED
+    assert resolve(path, PytorchEngineConfig(device="cpu", rope_scaling_factor=2.0)).session_len == 2 * TRAINED
     fields = json.loads((path / "config.json").read_text())
     fields["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": THETA, "factor": 4.0}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     assert ModelInfo.read(tmp_path).max_length == 256
     assert ModelSpec.read(fields).rope == RopeSpec(theta=THETA, kind="dynamic", factor=4.0, original_max_positions=64)
+    # Transformers reads nothing of this key where the rope is dynamic.
+    fields["rope_parameters"]["original_max_position_embeddings"] = 32
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert ModelInfo.read(tmp_path).max_length == 256
+    assert ModelSpec.read(fields).rope.original_max_positions == 64
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PytorchEngineConfig(device="cpu", use_logn_attn=True),
+        PytorchEngineConfig(device="cpu", rope_scaling_factor=2.0, session_len=TRAINED),
+        PytorchEngineConfig(device="cpu", rope_scaling_factor=2.0, session_len=TRAINED + 1),
+    ],
+    ids=lambda config: str(config.to_dict()),
+)
+def test_scaling_that_nothing_outgrows_is_said(
+    path: Path, config: PytorchEngineConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = resolve(path, config)
+    said = [record for record in caplog.records if getattr(record, "event", "") == "scaling_unused"]
+    assert len(said) == (options.session_len <= TRAINED)
+
+
+def test_what_is_scored_is_turned_for_its_own_length(path: Path) -> None:
+    """`get_ppl` has one token more computed than it scores, which reaches nothing."""
+    given: dict[str, Any] = {"device": "cpu", "rope_scaling_factor": 8.0, **ENGINE}
+    lengths = (TRAINED - 1, TRAINED, TRAINED + 1, 150)
+    expected = []
+    for length in lengths:
+        with torch.inference_mode():
+            logits = theirs(path, rope_type="dynamic", factor=8.0)(torch.tensor([IDS[:length]])).logits[0, :-1]
+        expected.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(IDS[1:length]))))
+    with pipeline(str(path), backend_config=PytorchEngineConfig(**given)) as pipe:
+        assert pipe.get_ppl([IDS[:length] for length in lengths]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_rope_that_is_scaled_otherwise_is_not_stretched(path: Path, tmp_path: Path) -> None:
@@ -177,10 +216,23 @@ def test_a_rope_that_is_scaled_otherwise_is_not_stretched(path: Path, tmp_path: 
     with pytest.raises(InvalidRequest, match="linear") as refused:
         resolve(tmp_path, PytorchEngineConfig(device="cpu", rope_scaling_factor=2.0))
     assert refused.value.param == "rope_scaling_factor"
+    with pytest.raises(InvalidRequest, match="positions of") as refused:
+        resolve(tmp_path, PytorchEngineConfig(device="cpu", session_len=9999))
+    assert "rope_scaling_factor" not in refused.value.message
+
+
+@pytest.mark.parametrize("factor", ["4", -4.0, 0, True])
+def test_a_factor_of_no_meaning_in_the_config(path: Path, tmp_path: Path, factor: Any) -> None:
+    fields = json.loads((path / "config.json").read_text())
+    fields["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": THETA, "factor": factor}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelLoadError, match="'factor'"):
+        resolve(tmp_path, PytorchEngineConfig(device="cpu"))
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rope_scaling_factor", -1.0), ("rope_scaling_factor", "2"), ("use_logn_attn", 1)]
+    ("field", "value"),
+    [("rope_scaling_factor", -1.0), ("rope_scaling_factor", 1e308), ("rope_scaling_factor", "2"), ("use_logn_attn", 1)],
 )
 @pytest.mark.parametrize("kind", [PytorchEngineConfig, TurbomindEngineConfig])
 def test_values_of_no_meaning(kind: Any, field: str, value: Any) -> None:
