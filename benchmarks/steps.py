@@ -36,7 +36,7 @@ from engine.request import TokenRequest
 from headrace.config import GenerationConfig, PytorchEngineConfig
 
 KINDS = (
-    ("attention", ("_decode_kernel", "_combine_kernel", "_prefill")),
+    ("attention", ("_decode_kernel", "decode_int8_kernel", "_unpack_kernel", "_prefill")),
     ("gemm", ("gemm", "nvjet", "cutlass", "splitk", "cublas")),
     ("norm", ("norm",)),
     ("rotary", ("rotary",)),

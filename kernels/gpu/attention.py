@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from kernels.gpu import decode_attention, decode_int8, int8_cache, prefill_attention
+from kernels.gpu import decode_attention, int8_cache, prefill_attention
 from kernels.gpu.decode_plan import DecodePlan, choose_shape, first_rows, plan_decode
 
 if TYPE_CHECKING:
@@ -77,11 +77,8 @@ def _attend_singles(
     plan = next((plan for plan in metadata.plans if plan.sliding_window == sliding_window), None)
     if plan is None:
         plan = _plan(metadata.context_lens_R[: metadata.num_single], k_cache_BKSH, sliding_window)
-    arguments = (q_RNH, k_cache_BKSH, v_cache_BKSH, metadata.block_tables_RP, plan, out_TNH)
-    if scales is None:
-        decode_attention.decode_attention(*arguments, scale=scale)
-    else:
-        decode_int8.decode_int8(*arguments, scale=scale, scales=scales)
+    caches = (k_cache_BKSH, v_cache_BKSH)
+    decode_attention.decode_attention(q_RNH, *caches, metadata.block_tables_RP, plan, out_TNH, scale=scale, scales=scales)
 
 
 def _attend_prompts(

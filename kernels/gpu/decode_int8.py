@@ -7,21 +7,14 @@ enough. A group of 4 so takes half as many instructions and exponentials, and wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from kernels.gpu.decode_attention import combine, parts_at_once
-from kernels.gpu.decode_plan import FIELDS, DecodePlan
+from kernels.gpu.decode_parts import leave
+from kernels.gpu.decode_plan import load_unit
 from kernels.gpu.int8_cache import load_values, widened
 from kernels.gpu.paging import page_of, tile_slots
-from kernels.gpu.quick_launch import power_of_2, quick
-
-if TYPE_CHECKING:
-    from kernels.attention import KVScales
+from kernels.gpu.quick_launch import quick
 
 
 @triton.jit
@@ -56,22 +49,16 @@ def _attend_tile(
 
 @quick
 @triton.jit(do_not_specialize=["table_stride", "window"])
-def _decode_int8_kernel(
+def decode_int8_kernel(
     p_q, p_k_cache, p_v_cache, p_k_scales, p_v_scales, p_tables, p_units, p_arrivals, p_out, p_partial, p_lse,
     q_token, q_head, table_stride, scale, window,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_2: tl.constexpr, GROUP_PAD: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     H_PAD: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, FIELDS: tl.constexpr, WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Attend one unit for one kv head: see `decode_attention.decode_attention`, which launches it."""
     i_head = tl.program_id(0)
-    p_unit = p_units + tl.program_id(1) * FIELDS
-    i_row = tl.load(p_unit).to(tl.int64)
-    i_from = tl.load(p_unit + 1)
-    i_end = tl.load(p_unit + 2)
-    context = tl.load(p_unit + 3)
-    i_part = tl.load(p_unit + 4)
-    num_parts = tl.load(p_unit + 5)
-    i_first = tl.load(p_unit + 6) * K + i_head
+    i_row, i_from, i_end, context, i_part, num_parts, i_slot = load_unit(p_units, tl.program_id(1), FIELDS)
     if i_row < 0:
         return
     p_table = p_tables + i_row * table_stride
@@ -99,63 +86,7 @@ def _decode_int8_kernel(
         )  # fmt: skip
         i_page = i_next
     b_out = b_acc * (top / 32768) / tl.where(b_sum > 0, b_sum, 1.0)[None, :]
-    o_out = (i_row * K + i_head) * GROUP
-    if num_parts == 1:
-        tl.store(p_out + (o_out + o_g)[None, :] * H + o_h[:, None], b_out.to(p_out.dtype.element_ty), mask=m_hg)
-    else:
-        o_part = (i_first + i_part * K) * GROUP + o_g
-        tl.store(p_partial + o_part[None, :] * H + o_h[:, None], b_out, mask=m_hg)
-        tl.store(p_lse + o_part, b_max + tl.log2(b_sum), mask=o_g < GROUP)
-        # All threads' stores come before the one thread's release.
-        tl.debug_barrier()
-        if tl.atomic_add(p_arrivals + i_first, 1, sem="acq_rel") == num_parts - 1:
-            combine(p_partial, p_lse, p_out + o_out * H, i_first, num_parts, K, GROUP, GROUP_2, H, H_PAD, PARTS)
-            tl.store(p_arrivals + i_first, 0)
-
-
-def decode_int8(
-    q_RNH: Tensor,
-    k_cache_BKSH: Tensor,
-    v_cache_BKSH: Tensor,
-    block_tables_RP: Tensor,
-    plan: DecodePlan,
-    out_RNH: Tensor,
-    *,
-    scale: float,
-    scales: KVScales,
-) -> None:
-    """Attend as `decode_attention` does, from caches of integers and their scales."""
-    _, num_heads, head_dim = q_RNH.shape
-    num_kv_heads, size = k_cache_BKSH.shape[1:3]
-    group = num_heads // num_kv_heads
-    partial = torch.empty((*plan.arrivals.shape, group, head_dim), dtype=torch.float32, device=q_RNH.device)
-    lse = torch.empty((*plan.arrivals.shape, group), dtype=torch.float32, device=q_RNH.device)
-    _decode_int8_kernel[(num_kv_heads, len(plan.units))](
-        q_RNH,
-        k_cache_BKSH,
-        v_cache_BKSH,
-        *scales,
-        block_tables_RP,
-        plan.units,
-        plan.arrivals,
-        out_RNH,
-        partial,
-        lse,
-        *q_RNH.stride()[:2],
-        block_tables_RP.stride(0),
-        scale * 1.4426950408889634,
-        plan.sliding_window or 0,
-        K=num_kv_heads,
-        GROUP=group,
-        GROUP_2=power_of_2(group),
-        GROUP_PAD=max(8, power_of_2(group)),
-        S=size,
-        H=head_dim,
-        H_PAD=power_of_2(head_dim),
-        TILE=plan.shape.tile,
-        PARTS=parts_at_once(group, head_dim, plan.shape.num_warps),
-        FIELDS=FIELDS,
-        WINDOW=plan.sliding_window is not None,
-        STAGES=plan.shape.stages,
-        num_warps=plan.shape.num_warps,
-    )
+    leave(
+        b_out, o_g[None, :] * H + o_h[:, None], m_hg, b_max + tl.log2(b_sum), o_g, p_out, p_partial, p_lse, p_arrivals, (i_row * K + i_head) * GROUP,
+        i_slot * K + i_head, i_part, num_parts, K, GROUP, GROUP_2, H, H_PAD, PARTS,
+    )  # fmt: skip

@@ -89,6 +89,19 @@ class DecodePlan(NamedTuple):
 
 
 @triton.jit
+def load_unit(p_units, i_unit, FIELDS: tl.constexpr):
+    """Give a unit's row (int64; -1: no work), first and end tile, context, part, parts of the row and slot of its first part."""
+    p_unit = p_units + i_unit * FIELDS
+    i_row = tl.load(p_unit).to(tl.int64)
+    i_from = tl.load(p_unit + 1)
+    i_end = tl.load(p_unit + 2)
+    context = tl.load(p_unit + 3)
+    i_part = tl.load(p_unit + 4)
+    num_parts = tl.load(p_unit + 5)
+    return i_row, i_from, i_end, context, i_part, num_parts, tl.load(p_unit + 6)
+
+
+@triton.jit
 def visible(context, window, TILE: tl.constexpr, WINDOW: tl.constexpr):
     """Give (first visible position, its tile, number of tiles) of one row or of a block of rows."""
     first = context * 0

@@ -19,8 +19,8 @@ def test_they_become_pythons() -> None:
         top_k=torch.tensor(3),  # type: ignore[arg-type]  # as a caller writes it
         ignore_eos=np.bool_(True),
         random_seed=np.uint64(2**63 + 1),
-        stop_token_ids=np.array([1, 2]),  # type: ignore[arg-type]
-        bad_token_ids=[np.int32(7)],  # type: ignore[arg-type]
+        stop_token_ids=np.array([1, 2]),  # type: ignore[arg-type]  # as a caller writes it
+        bad_token_ids=[np.int32(7)],  # type: ignore[arg-type]  # as a caller writes it
     )
     plain = {"max_new_tokens": 5, "temperature": 0.5, "top_k": 3, "ignore_eos": True, "random_seed": 2**63 + 1}
     assert json.loads(json.dumps(config.to_dict())) == {**plain, "stop_token_ids": [1, 2], "bad_token_ids": [7]}

@@ -129,7 +129,7 @@ def test_attention_to_integers(shape: tuple[int, int, int, int], capability: int
     check(iter(launches), capability)
     assert "_unpack_kernel" in {launch.name for launch in launches}
     # A word of four values makes two pairs: nothing is read from shared memory byte by byte, nor widened one by one.
-    ptx = [compile_for(launch, capability).asm["ptx"] for launch in launches if launch.name == "_decode_int8_kernel"]
+    ptx = [compile_for(launch, capability).asm["ptx"] for launch in launches if launch.name == "decode_int8_kernel"]
     assert ptx
     assert all("sub.f16x2" in text and "ld.shared.b8" not in text and "ld.shared.u8" not in text for text in ptx)
 

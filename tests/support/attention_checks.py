@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 import torch
+from checking import TOLERANCE, Check, Scale, randn
 from kernel_cases import (
     ATTENTION_TOLERANCE,
     AttentionCase,
@@ -15,12 +16,11 @@ from kernel_cases import (
     naive_attention,
     relative_error,
 )
-from kernel_check import TOLERANCE, Check, Scale, randn
 from torch import Tensor
 
 from kernels import reference
 from kernels.attention import KVScales
-from kernels.gpu import attention, decode_attention, decode_int8, int8_cache, rotary
+from kernels.gpu import attention, decode_attention, int8_cache, rotary
 from kernels.gpu.decode_plan import DecodePlan, DecodeShape, choose_shape, first_rows, plan_decode
 
 
@@ -129,10 +129,7 @@ def _attend(case: AttentionCase, plan: DecodePlan) -> Tensor:
     """Attend by a plan, into memory full of NaN."""
     out = torch.full_like(case.q_TNH, torch.nan)
     arguments = (case.q_TNH, case.k_cache_BKSH, case.v_cache_BKSH, case.metadata.block_tables_RP, plan, out)
-    if case.scales is None:
-        decode_attention.decode_attention(*arguments, scale=case.scale)
-    else:
-        decode_int8.decode_int8(*arguments, scale=case.scale, scales=case.scales)
+    decode_attention.decode_attention(*arguments, scale=case.scale, scales=case.scales)
     return out
 
 

@@ -18,8 +18,8 @@ if __name__ == "__main__":
 
 import torch
 from attention_checks import check_decode, check_decode_shares, check_prefill, check_rotary
+from checking import TOLERANCE, Check, Scale, randn
 from kernel_cases import ATTENTION_SHAPES, relative_error, sampling_inputs
-from kernel_check import TOLERANCE, Check, Scale, randn
 from torch import Tensor
 
 from kernels import reference, reference_all_reduce, reference_sampling

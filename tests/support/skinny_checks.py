@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch
+from checking import Check
 from kernel_cases import relative_error
 from torch import Tensor
 
@@ -38,18 +39,6 @@ class Case(NamedTuple):
     gated: bool = False
     bias: bool = False
     residual: bool = False
-
-
-class Check(NamedTuple):
-    """One comparison: an error that is NaN or above its bound failed."""
-
-    case: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound
 
 
 SMALL = (
@@ -109,8 +98,8 @@ def check(case: Case, dtype: torch.dtype, device: str, shape: SkinnyShape | None
 
     name = f"{case} {dtype} {'' if shape is None else tuple(shape)}"
     first = run()
-    yield Check(name, relative_error(first, expected), TOLERANCE[dtype])
-    yield Check(name + " again", float((run() != first).sum()), 0.0)
+    yield Check("skinny", name, relative_error(first, expected), TOLERANCE[dtype])
+    yield Check("skinny", name + " again", float((run() != first).sum()), 0.0)
 
 
 def run_checks(dtypes: Sequence[str], device: str) -> Iterator[Check]:
